@@ -1,0 +1,287 @@
+"""The Wan diffusion transformer: bidirectional and causal are the same weights and the same code.
+
+What makes a call causal is an argument: `context`, the keys and values of earlier blocks. Without
+it the frames of the call attend to each other and to nothing else, which is the bidirectional model
+(teacher, critic) and equally the first block of a video.
+
+The layers are scanned (stacked parameters), so compile time does not grow with depth. The context
+is read-only; a call returns the keys and values of its own frames, and whoever holds the cache
+decides whether to write them.
+
+Source: Wan2.1 `wan/modules/model.py`, LongLive `wan/modules/causal_model.py` (release v1.0).
+"""
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+from flax import struct
+
+from longlive_jax.config import AttentionImplementation, RematPolicy, TransformerConfig
+from longlive_jax.models import rope
+from longlive_jax.models.layers import MLP, LayerNorm, RMSNorm, layer_norm, timestep_embedding
+from longlive_jax.ops.windowed_attention import CachedContext, windowed_attention
+from longlive_jax.types import Array, Params, PRNGKey
+
+gelu_tanh = functools.partial(nn.gelu, approximate=True)
+
+
+@struct.dataclass
+class TextContext:
+    """Cross-attention keys and values of a prompt, `[L, B, M, N, H]`; computed once per prompt."""
+
+    key: Array
+    value: Array
+
+
+@struct.dataclass
+class BlockKV:
+    """Self-attention keys (rotated) and values of the frames of one call, `[L, B, F, P, N, H]`."""
+
+    key: Array
+    value: Array
+
+
+class Attention(nn.Module):
+    """The four projections and the query/key norms of one attention.
+
+    Queries and keys are normalised over the whole model width, all heads together, before the heads
+    are split.
+    """
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    def setup(self) -> None:
+        dense = functools.partial(nn.Dense, self.config.dim, dtype=self.dtype, param_dtype=self.param_dtype)
+        norm = functools.partial(RMSNorm, self.config.eps, self.dtype, self.param_dtype)
+        self.q, self.k, self.v, self.o = dense(), dense(), dense(), dense()
+        self.norm_q, self.norm_k = norm(), norm()
+
+    def query(self, x: Array) -> Array:
+        """`[..., D]` to `[..., N, H]`."""
+        return self._heads(self.norm_q(self.q(x)))
+
+    def key_value(self, x: Array) -> tuple[Array, Array]:
+        """`[..., D]` to keys and values `[..., N, H]`."""
+        return self._heads(self.norm_k(self.k(x))), self._heads(self.v(x))
+
+    def output(self, x: Array) -> Array:
+        """`[..., N, H]` to `[..., D]`."""
+        return self.o(x.reshape(*x.shape[:-2], -1))
+
+    def _heads(self, x: Array) -> Array:
+        return x.reshape(*x.shape[:-1], self.config.num_heads, self.config.head_dim)
+
+
+class Block(nn.Module):
+    """Self-attention, cross-attention and feed-forward, the first and last under modulation."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+    attention: AttentionImplementation
+
+    def setup(self) -> None:
+        config, types = self.config, (self.dtype, self.param_dtype)
+        self.self_attn = Attention(config, *types)
+        self.cross_attn = Attention(config, *types)
+        self.cross_norm = LayerNorm(config.eps, self.param_dtype)
+        self.ffn = MLP(config.ffn_dim, config.dim, gelu_tanh, *types)
+        self.modulation = self.param("modulation", _modulation_init, (6, config.dim), self.param_dtype)
+
+    def __call__(
+        self,
+        x: Array,
+        time: Array,
+        rotation: rope.RopeTable,
+        text: TextContext,
+        context: CachedContext | None,
+    ) -> tuple[Array, BlockKV]:
+        """Runs the block over the frames of one call.
+
+        Args:
+          x: `[B, F, P, D]`.
+          time: `[B, F or 1, 6, D]`, the projected timestep.
+          rotation: rotary table of the frames.
+          text: this layer's cross-attention keys and values, `[B, M, N, H]`.
+          context: this layer's cached keys and values, `[B, K, N, H]`.
+
+        Returns:
+          The new `x` and this layer's keys and values, `[B, F, P, N, H]`.
+        """
+        config = self.config
+        modulation = time + self.modulation.astype(self.dtype)  # [B, F, 6, D]
+        shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, :, None, i] for i in range(6))
+
+        y = layer_norm(x, eps=config.eps) * (1 + scale1) + shift1
+        query = rope.rotate(self.self_attn.query(y), rotation)
+        key, value = self.self_attn.key_value(y)
+        key = rope.rotate(key, rotation)
+        y = windowed_attention(
+            *(_tokens(a) for a in (query, key, value)),
+            context=context,
+            implementation=self.attention,
+        )
+        x = x + self.self_attn.output(y.reshape(query.shape)) * gate1
+
+        query = self.cross_attn.query(self.cross_norm(x))
+        y = windowed_attention(_tokens(query), text.key, text.value, implementation=self.attention)
+        x = x + self.cross_attn.output(y.reshape(query.shape))
+
+        y = layer_norm(x, eps=config.eps) * (1 + scale2) + shift2
+        x = x + self.ffn(y) * gate2
+        return x, BlockKV(key, value)
+
+    def text_context(self, carry: None, text: Array) -> tuple[None, TextContext]:
+        """This layer's cross-attention keys and values of `[B, M, D]` text (a scan body: no carry)."""
+        return carry, TextContext(*self.cross_attn.key_value(text))
+
+
+class Head(nn.Module):
+    """Modulated norm and the projection of every token back to a patch of latent."""
+
+    config: TransformerConfig
+    dtype: jnp.dtype
+    param_dtype: jnp.dtype
+
+    @nn.compact
+    def __call__(self, x: Array, time: Array) -> Array:
+        """`[B, F, P, D]` tokens and `[B, F or 1, D]` timestep embeddings to `[B, F, P, patch_dim]`."""
+        config = self.config
+        modulation = self.param("modulation", _modulation_init, (2, config.dim), self.param_dtype)
+        shift, scale = (time[:, :, None] + modulation[i].astype(self.dtype) for i in range(2))
+        x = layer_norm(x, eps=config.eps) * (1 + scale) + shift
+        return nn.Dense(config.patch_dim, dtype=self.dtype, param_dtype=self.param_dtype, name="proj")(x)
+
+
+class Transformer(nn.Module):
+    """Predicts the flow-matching velocity `noise - x0` of latent frames.
+
+    Attributes:
+      config: shape of the model.
+      dtype: precision of activations and matrix products. Norm statistics, softmax, rotary angles
+        and the returned velocity are float32 in every case.
+      param_dtype: precision parameters are created in; loaded parameters keep their own.
+      attention: implementation of the attention.
+      remat: what the backward pass recomputes.
+    """
+
+    config: TransformerConfig
+    dtype: Any = jnp.float32
+    param_dtype: Any = jnp.float32
+    attention: AttentionImplementation = "auto"
+    remat: RematPolicy = "none"
+
+    def setup(self) -> None:
+        config, types = self.config, (self.dtype, self.param_dtype)
+        dense = functools.partial(nn.Dense, dtype=self.dtype, param_dtype=self.param_dtype)
+        self.patch_embed = dense(config.dim)
+        self.text_embed = MLP(config.dim, config.dim, gelu_tanh, *types)
+        self.time_embed = MLP(config.dim, config.dim, nn.silu, *types)
+        self.time_proj = dense(6 * config.dim)
+        self.blocks = _scanned_block(config.num_layers, self.remat)(config, *types, self.attention)
+        self.head = Head(config, *types)
+
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        text: TextContext,
+        *,
+        positions: Array | None = None,
+        context: CachedContext | None = None,
+    ) -> tuple[Array, BlockKV]:
+        """Runs the transformer over F frames.
+
+        Args:
+          latents: `[B, F, h, w, C]` noisy latents.
+          timesteps: float32 `[B, F]`, or `[B, 1]` for one timestep per video, in [0, 1000].
+          text: result of `text_context`.
+          positions: int32 `[F]` or `[B, F]` frame positions; default 0..F-1.
+          context: cached keys and values with a leading layer axis, `[L, B, K, N, H]`, length `[B]`.
+
+        Returns:
+          velocity float32 `[B, F, h, w, C]`, and the keys and values of the frames (`BlockKV`).
+        """
+        config = self.config
+        _, rows, columns = config.patch
+        height, width = latents.shape[2] // rows, latents.shape[3] // columns
+        if positions is None:
+            positions = jnp.arange(latents.shape[1], dtype=jnp.int32)
+        rotation = rope.table(positions, height, width, config.head_dim)
+        patches = rearrange(latents, "b f (h q) (w r) c -> b f (h w) (q r c)", q=rows, r=columns)
+        x = self.patch_embed(patches.astype(self.dtype))  # [B, F, P, D]
+        embedding = timestep_embedding(timesteps, config.freq_dim).astype(self.dtype)
+        time = self.time_embed(embedding)  # [B, F, D]
+        projected = self.time_proj(nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
+        x, own = self.blocks(x, projected, rotation, text, _per_layer(context, config.num_layers))
+        patches = self.head(x, time).astype(jnp.float32)
+        velocity = rearrange(patches, "b f (h w) (q r c) -> b f (h q) (w r) c", h=height, q=rows, r=columns)
+        return velocity, own
+
+    def text_context(self, text: Array) -> TextContext:
+        """Cross-attention keys and values of a prompt.
+
+        Args:
+          text: `[B, M, text_dim]` text embeddings, exact zeros beyond the prompt. All M positions are
+            attended to: the padding passes the text MLP and contributes, as in the release.
+        """
+        return self.blocks.text_context(None, self.text_embed(text.astype(self.dtype)))[1]
+
+    def create(self, latents: Array, timesteps: Array, text: Array) -> Array:
+        """Touches every parameter; the method to pass to `init`."""
+        return self(latents, timesteps, self.text_context(text))[0]
+
+
+def init_params(transformer: Transformer, key: PRNGKey) -> Params:
+    """Random parameters (the `params` collection). Use under `jax.eval_shape` for shapes alone."""
+    config = transformer.config
+    latents = jnp.zeros((1, 1, config.patch[1], config.patch[2], config.latent_channels))
+    text = jnp.zeros((1, config.text_len, config.text_dim))
+    return transformer.init(key, latents, jnp.zeros((1, 1)), text, method="create")["params"]
+
+
+_REMAT_POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def _scanned_block(layers: int, remat: RematPolicy) -> Any:
+    """The block scanned over layers, for both of its methods."""
+    block: Any = Block
+    if remat != "none":
+        block = nn.remat(
+            Block,
+            methods={"__call__": {"prevent_cse": False, "policy": _REMAT_POLICIES[remat]}},
+        )
+    stacked = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": layers}
+    broadcast = nn.broadcast
+    return nn.scan(
+        block,
+        methods={
+            "__call__": stacked | {"in_axes": (broadcast, broadcast, 0, 0), "out_axes": 0},
+            "text_context": stacked | {"in_axes": broadcast, "out_axes": 0},
+        },
+    )
+
+
+def _per_layer(context: CachedContext | None, layers: int) -> CachedContext | None:
+    """Gives the length a layer axis so that the whole context can be scanned."""
+    if context is None:
+        return None
+    return context.replace(length=jnp.broadcast_to(context.length, (layers, *context.length.shape)))
+
+
+def _tokens(x: Array) -> Array:
+    """`[B, F, P, N, H]` to `[B, T, N, H]`."""
+    return x.reshape(x.shape[0], -1, *x.shape[3:])
+
+
+def _modulation_init(key: PRNGKey, shape: tuple[int, ...], dtype: Any) -> Array:
+    return (jax.random.normal(key, shape) / shape[-1] ** 0.5).astype(dtype)
