@@ -18,7 +18,9 @@ uses `[B, F, C, h, w]`; only `longlive_jax.convert` and recorded files speak tha
 the video, a *slot* is a physical place in the cache.
 """
 
-from typing import Any, TypeAlias
+import dataclasses
+import typing
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import numpy as np
@@ -34,3 +36,20 @@ Params: TypeAlias = Any
 
 PRNGKey: TypeAlias = jax.Array
 """A typed JAX random key."""
+
+_T = TypeVar("_T")
+
+
+@typing.dataclass_transform(frozen_default=True)
+def pytree(cls: type[_T]) -> type[_T]:
+    """Makes a class a frozen dataclass that JAX treats as a pytree.
+
+    Fields marked with `static()` are part of the tree's structure (hashable, not traced). Change
+    fields with `dataclasses.replace`.
+    """
+    return jax.tree_util.register_dataclass(dataclasses.dataclass(frozen=True)(cls))
+
+
+def static() -> Any:
+    """Marks a field of a `pytree` class as static."""
+    return dataclasses.field(metadata={"static": True})

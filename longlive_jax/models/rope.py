@@ -13,17 +13,15 @@ is then plain wrapping integer arithmetic, accurate to 2**-32 of a turn for ever
 import functools
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import struct
 
-from longlive_jax.types import Array
+from longlive_jax.types import Array, pytree
 
 BASE = 10000.0
 
 
-@struct.dataclass
+@pytree
 class RopeTable:
     """cos and sin of every token's angles, `[B or 1, F, P, H/2]` float32."""
 
@@ -166,4 +164,4 @@ def _rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
     real, imaginary = pairs[..., 0], pairs[..., 1]
     turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
-    return jax.lax.reshape(turned, x.shape).astype(x.dtype)
+    return turned.reshape(x.shape).astype(x.dtype)

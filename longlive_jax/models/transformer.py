@@ -11,6 +11,7 @@ decides whether to write them.
 Source: Wan2.1 `wan/modules/model.py`, LongLive `wan/modules/causal_model.py` (release v1.0).
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -18,28 +19,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from einops import rearrange
-from flax import struct
 
+from longlive_jax.cache import BlockKV
 from longlive_jax.config import AttentionImplementation, RematPolicy, TransformerConfig
 from longlive_jax.models import rope
 from longlive_jax.models.layers import MLP, LayerNorm, RMSNorm, layer_norm, timestep_embedding
 from longlive_jax.ops.windowed_attention import CachedContext, windowed_attention
-from longlive_jax.types import Array, Params, PRNGKey
+from longlive_jax.types import Array, Params, PRNGKey, pytree
 
 gelu_tanh = functools.partial(nn.gelu, approximate=True)
 
 
-@struct.dataclass
+@pytree
 class TextContext:
     """Cross-attention keys and values of a prompt, `[L, B, M, N, H]`; computed once per prompt."""
-
-    key: Array
-    value: Array
-
-
-@struct.dataclass
-class BlockKV:
-    """Self-attention keys (rotated) and values of the frames of one call, `[L, B, F, P, N, H]`."""
 
     key: Array
     value: Array
@@ -275,7 +268,9 @@ def _per_layer(context: CachedContext | None, layers: int) -> CachedContext | No
     """Gives the length a layer axis so that the whole context can be scanned."""
     if context is None:
         return None
-    return context.replace(length=jnp.broadcast_to(context.length, (layers, *context.length.shape)))
+    return dataclasses.replace(
+        context, length=jnp.broadcast_to(context.length, (layers, *context.length.shape))
+    )
 
 
 def _tokens(x: Array) -> Array:

@@ -7,15 +7,14 @@ any rotation; its valid slots are always a prefix, so the only mask is a length.
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from longlive_jax.config import AttentionImplementation
 from longlive_jax.errors import UserError
 from longlive_jax.ops.windowed_attention import cudnn, reference
-from longlive_jax.types import Array
+from longlive_jax.types import Array, pytree
 
 
-@struct.dataclass
+@pytree
 class CachedContext:
     """Keys and values kept from earlier blocks.
 

@@ -1,0 +1,216 @@
+"""The KV cache as explicit state: sink frames kept for ever, and a ring of the latest frames.
+
+The cache holds what a block attends to *besides itself*: `window_frames - block_frames` slots of one
+latent frame each. A block's own keys and values come with its pass and enter the cache when the
+block is finished, overwriting the oldest frames in place. So nothing is ever moved, the slots in use
+are always a prefix (attention does not care about their order), and a length is the only mask.
+
+Frame i of a cache that started at frame 0 lives in slot i while i < sink_frames, and in slot
+`sink + (i - sink) mod (slots - sink)` from then on. This holds for any window, sink and block.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from longlive_jax.config import TransformerConfig, WindowConfig
+from longlive_jax.models import rope
+from longlive_jax.ops.windowed_attention import CachedContext
+from longlive_jax.types import Array, pytree, static
+
+
+@pytree
+class BlockKV:
+    """Self-attention keys (rotated) and values of the frames of one call, `[L, B, F, P, N, H]`."""
+
+    key: Array
+    value: Array
+
+
+@pytree
+class KVCache:
+    """Keys and values of the frames a block may look back at.
+
+    Attributes:
+      key: `[L, B, S, P, N, H]`, rotated at absolute frame positions (the sink's too, unless rope is relative).
+      value: `[L, B, S, P, N, H]`.
+      sink_key: `[L, B, sink, P, N, H]`, the sink's keys at their own positions, kept only where rope is
+        relative: there the sink travels with the window and is turned afresh from these for each block.
+      start: int32 `[B]` position of the first frame in the cache, which is the first frame of the sink.
+      end: int32 `[B]` position after the newest frame; `start == end` means empty.
+      window: the geometry (static).
+    """
+
+    key: Array
+    value: Array
+    sink_key: Array | None
+    start: Array
+    end: Array
+    window: WindowConfig = static()
+
+    @property
+    def slots(self) -> int:
+        """S, frames the cache has room for."""
+        return self.key.shape[2]
+
+    @property
+    def sink_slots(self) -> int:
+        """Slots that are never overwritten; the others are the ring."""
+        return min(self.window.sink_frames, self.slots)
+
+    @property
+    def length(self) -> Array:
+        """int32 `[B]`, slots in use; always the first ones."""
+        return jnp.minimum(self.end - self.start, self.slots)
+
+
+def init(
+    config: TransformerConfig,
+    window: WindowConfig,
+    *,
+    batch: int,
+    frame_len: int,
+    dtype: jnp.dtype,
+    total_frames: int | None = None,
+) -> KVCache:
+    """An empty cache.
+
+    Args:
+      config: the transformer's shape.
+      window: window, sink and block.
+      batch: B.
+      frame_len: P, tokens of one latent frame.
+      dtype: of keys and values.
+      total_frames: length of the video; needed only where the window keeps everything.
+
+    Returns:
+      A `KVCache` of `window.cache_frames(total_frames)` slots.
+    """
+    slots = window.cache_frames(total_frames)
+    shape = (config.num_layers, batch, slots, frame_len, config.num_heads, config.head_dim)
+    sink_shape = (*shape[:2], min(window.sink_frames, slots), *shape[3:])
+    has_moving_sink = window.rope == "relative" and window.is_bounded and sink_shape[2] > 0
+    return KVCache(
+        key=jnp.zeros(shape, dtype),
+        value=jnp.zeros(shape, dtype),
+        sink_key=jnp.zeros(sink_shape, dtype) if has_moving_sink else None,
+        start=jnp.zeros(batch, jnp.int32),
+        end=jnp.zeros(batch, jnp.int32),
+        window=window,
+    )
+
+
+def slot_of(cache: KVCache, positions: Array, *, end: Array) -> Array:
+    """Where frames are stored once the newest frame is `end - 1`.
+
+    Args:
+      cache: gives the start, the number of slots and of sink slots.
+      positions: int32 `[B, F]`.
+      end: int32 `[B]`.
+
+    Returns:
+      int32 `[B, F]` slots; S, one past the last, for frames that are not kept.
+    """
+    index = positions - cache.start[:, None]
+    ring = cache.slots - cache.sink_slots
+    in_sink = index < cache.sink_slots
+    in_ring = positions >= end[:, None] - ring
+    slot = jnp.where(in_sink, index, cache.sink_slots + (index - cache.sink_slots) % max(ring, 1))
+    return jnp.where(in_sink | in_ring, slot, cache.slots)
+
+
+def write(cache: KVCache, own: BlockKV, first: Array) -> KVCache:
+    """Stores the frames of a finished pass, overwriting the oldest ones in place.
+
+    Args:
+      cache: the cache; donate it to keep the write in place.
+      own: keys and values `[L, B, F, P, N, H]` of F frames.
+      first: int32 scalar, position of the first of them. An empty cache starts here.
+
+    Returns:
+      The cache with `end = first + F`.
+    """
+    frames = own.key.shape[2]
+    first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.end.shape)
+    cache = dataclasses.replace(cache, start=jnp.where(cache.start == cache.end, first, cache.start))
+    end = first + frames
+    slots = slot_of(cache, first[:, None] + jnp.arange(frames), end=end)
+    sink_key = cache.sink_key
+    if sink_key is not None:
+        sink_key = _store(sink_key, own.key, jnp.where(slots < cache.sink_slots, slots, cache.sink_slots))
+    return dataclasses.replace(
+        cache,
+        key=_store(cache.key, own.key, slots),
+        value=_store(cache.value, own.value, slots),
+        sink_key=sink_key,
+        end=end,
+    )
+
+
+def restart(cache: KVCache, first: Array) -> KVCache:
+    """Empties the cache; its next frame, the first of a new sink, is at position `first`."""
+    first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.end.shape)
+    return dataclasses.replace(cache, start=first, end=first)
+
+
+def place_sink(cache: KVCache, end: Array) -> KVCache:
+    """Turns the sink's keys to where relative rope wants them for a window that ends at `end`.
+
+    While the window fills, frames keep their own positions. Once it is full the sink sits directly in
+    front of the latest frames: it follows the window instead of falling behind. Rotations only see
+    differences, so nothing but the sink has to move. With absolute rope this does nothing.
+
+    Args:
+      cache: the cache.
+      end: int32 scalar or `[B]`, position after the last frame of the window.
+    """
+    if cache.sink_key is None:
+        return cache
+    behind = jnp.maximum(end - cache.start - cache.window.window_frames, 0)
+    moved = rope.shift_frames(cache.sink_key, behind)
+    return dataclasses.replace(cache, key=jax.lax.dynamic_update_slice_in_dim(cache.key, moved, 0, axis=2))
+
+
+def context(cache: KVCache) -> CachedContext | None:
+    """The whole cache as attention context; None if it has no slots."""
+    return _context(cache, cache.slots, cache.length)
+
+
+def sink_context(cache: KVCache) -> CachedContext | None:
+    """The sink alone as attention context; None if there is no sink."""
+    return _context(cache, cache.sink_slots, jnp.minimum(cache.length, cache.sink_slots))
+
+
+def select(mask: Array, new: KVCache, old: KVCache) -> KVCache:
+    """Takes `new` for the samples where `mask` `[B]` holds and `old` for the others."""
+
+    def pick(a: Array, b: Array) -> Array:
+        axis = 1 if a.ndim > 1 else 0
+        shape = [1] * a.ndim
+        shape[axis] = mask.shape[0]
+        return jnp.where(mask.reshape(shape), a, b)
+
+    return jax.tree.map(pick, new, old)
+
+
+def _context(cache: KVCache, slots: int, length: Array) -> CachedContext | None:
+    if slots == 0:
+        return None
+    layers, batch, _, frame_len, heads, head_dim = cache.key.shape
+
+    def tokens(x: Array) -> Array:
+        return x[:, :, :slots].reshape(layers, batch, slots * frame_len, heads, head_dim)
+
+    return CachedContext(tokens(cache.key), tokens(cache.value), length * frame_len)
+
+
+def _store(buffer: Array, new: Array, slots: Array) -> Array:
+    """Writes frames `[L, B, F, ...]` to `slots` `[B, F]` of `[L, B, S, ...]`; slot S drops the frame."""
+    if buffer.shape[2] == 0:
+        return buffer
+
+    def one(into: Array, frames: Array, where: Array) -> Array:
+        return into.at[:, where].set(frames.astype(into.dtype), mode="drop")
+
+    return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(buffer, new, slots)
