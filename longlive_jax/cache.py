@@ -151,7 +151,8 @@ def write(cache: KVCache, own: BlockKV, first: Array) -> KVCache:
 def restart(cache: KVCache, first: Array) -> KVCache:
     """Empties the cache; its next frame, the first of a new sink, is at position `first`."""
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.end.shape)
-    return dataclasses.replace(cache, start=first, end=first)
+    # Two buffers: one buffer in two places could not be donated.
+    return dataclasses.replace(cache, start=first, end=jnp.copy(first))
 
 
 def place_sink(cache: KVCache, end: Array) -> KVCache:

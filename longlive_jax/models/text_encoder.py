@@ -23,7 +23,7 @@ import numpy as np
 
 from longlive_jax.config import TextEncoderConfig
 from longlive_jax.models.layers import RMSNorm
-from longlive_jax.types import Array, ArrayLike, Params
+from longlive_jax.types import Array, ArrayLike, Params, PRNGKey
 
 
 def relative_position_buckets(distance: np.ndarray, *, num_buckets: int, max_distance: int) -> np.ndarray:
@@ -169,6 +169,16 @@ class TextEncoder(nn.Module):
         )(c, dtype=self.dtype, param_dtype=self.param_dtype, name="blocks")
         x, _ = blocks(x, buckets, key_mask)
         return RMSNorm(eps=c.eps, dtype=self.dtype, param_dtype=self.param_dtype, name="norm")(x)
+
+
+def init_params(module: TextEncoder, key: PRNGKey) -> Params:
+    """Random parameters of `module` (T5's initial scales), in its `param_dtype`.
+
+    Args:
+      module: the encoder.
+      key: a random key.
+    """
+    return module.init(key, jnp.zeros((1, 1), jnp.int32))["params"]  # shapes do not depend on M
 
 
 def token_mask(lengths: ArrayLike, text_len: int) -> Array:

@@ -98,7 +98,9 @@ def test_rotary_angles_match_the_recorded_tables(recorded, head_dim):
     # Rows and columns: frame 0 of a grid as large as the recorded table.
     table = rope.table(jnp.zeros(1, jnp.int32), 64, 64, head_dim)
     plane = np.asarray(table.cos).reshape(64, 64, -1)
-    np.testing.assert_allclose(plane[:, 0, groups[0] : groups[0] + groups[1]], cos[:, groups[0] : -groups[2]], atol=2e-6)
+    np.testing.assert_allclose(
+        plane[:, 0, groups[0] : groups[0] + groups[1]], cos[:, groups[0] : -groups[2]], atol=2e-6
+    )
     np.testing.assert_allclose(plane[0, :, -groups[2] :], cos[:, -groups[2] :], atol=2e-6)
 
 
