@@ -33,7 +33,7 @@ class KVCache:
     """Keys and values of the frames a block may look back at.
 
     Attributes:
-      key: `[L, B, S, P, N, H]`, rotated at absolute frame positions (the sink's too, unless rope is relative).
+      key: `[L, B, S, P, N, H]`, rotated at absolute frame positions (but see `sink_key`).
       value: `[L, B, S, P, N, H]`.
       sink_key: `[L, B, sink, P, N, H]`, the sink's keys at their own positions, kept only where rope is
         relative: there the sink travels with the window and is turned afresh from these for each block.

@@ -6,7 +6,6 @@ trainer and the command line take the same objects and change them with dotted o
 """
 
 import dataclasses
-import functools
 import typing
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
@@ -321,7 +320,8 @@ class PipelineConfig:
         )
         require(
             transformer.latent_channels == self.vae.z_dim,
-            f"transformer.latent_channels={transformer.latent_channels} must equal vae.z_dim={self.vae.z_dim}",
+            f"transformer.latent_channels={transformer.latent_channels} must equal vae.z_dim="
+            f"{self.vae.z_dim}",
         )
         self.latent_size(self.video.height, self.video.width)
 
@@ -416,23 +416,43 @@ def from_dict(cls: type[C], values: Mapping[str, Any], *, where: str = "") -> C:
 def override(config: C, changes: Mapping[str, Any]) -> C:
     """Returns `config` with dotted names replaced, e.g. `{"window.sink_frames": 0}`.
 
-    Values may be strings (as typed on a command line) or of the field's own type.
+    Values may be strings (as typed on a command line) or of the field's own type. All changes are
+    made together: only the result has to make sense, not the steps on the way there.
     """
+    nested = _Changes()
     for path, value in changes.items():
-        config = _override_one(config, path.split("."), value, path)
-    return config
+        _check_setting(config, path)
+        *sections, name = path.split(".")
+        table = nested
+        for section in sections:
+            table = table.setdefault(section, _Changes())
+            if not isinstance(table, _Changes):
+                raise UserError(f"{path} and {section} are both given; give one of them")
+        table[name] = value
+    return _replaced(config, nested, where="")
 
 
-def _override_one(config: Any, path: list[str], value: Any, full: str) -> Any:
-    name, rest = path[0], path[1:]
-    if not dataclasses.is_dataclass(config) or name not in {f.name for f in dataclasses.fields(config)}:
+class _Changes(dict[str, Any]):
+    """New values of some settings of one config (unlike a plain dictionary, which is a value)."""
+
+
+def _check_setting(config: Any, path: str) -> None:
+    for name in path.split("."):
         names = [f.name for f in dataclasses.fields(config)] if dataclasses.is_dataclass(config) else []
-        raise UserError(f"{full}: {name!r} is not a setting; choose one of {', '.join(names) or 'none'}")
-    if rest:
-        new = _override_one(getattr(config, name), rest, value, full)
-    else:
-        new = _typed(_hints(type(config))[name], _parse(value, _hints(type(config))[name]), full)
-    return dataclasses.replace(config, **{name: new})
+        if name not in names:
+            raise UserError(f"{path}: {name!r} is not a setting; choose one of {', '.join(names) or 'none'}")
+        config = getattr(config, name)
+
+
+def _replaced(config: Any, changes: _Changes, *, where: str) -> Any:
+    hints, values = _hints(type(config)), {}
+    for name, value in changes.items():
+        path = _join(where, name)
+        if isinstance(value, _Changes):
+            values[name] = _replaced(getattr(config, name), value, where=path)
+        else:
+            values[name] = _typed(hints[name], _parse(value, hints[name]), path)
+    return dataclasses.replace(config, **values)
 
 
 def _parse(value: Any, hint: Any) -> Any:
@@ -473,8 +493,7 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
     return value
 
 
-@functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return typing.get_type_hints(cls)
 
 

@@ -1,7 +1,53 @@
-"""Shared test settings: CPU only, eight simulated devices, float32 matrix products in full precision."""
+"""Shared test settings: CPU only, eight simulated devices, no cache outside the test folder."""
 
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
     os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+import pathlib
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """A complete checkpoint of the `tiny` preset: random weights and a word tokenizer."""
+    import jax
+    import numpy as np
+
+    from longlive_jax import checkpoint
+    from longlive_jax.config import preset
+    from longlive_jax.inference import pipeline
+    from longlive_jax.models import text_encoder, transformer, vae
+    from longlive_jax.models.tokenizer import train_word_tokenizer
+
+    folder = tmp_path_factory.mktemp("checkpoints")
+    config, random = preset("tiny"), np.random.default_rng(0)
+
+    def drawn(init, module):
+        """Random values in the shapes of `init` (drawing them beats compiling the initialisers)."""
+
+        def draw(path, leaf):
+            spread = leaf.shape[-2] ** -0.5 if leaf.ndim > 1 else 0.1
+            value = spread * random.standard_normal(leaf.shape, np.float32)
+            return value + 1 if path[-1].key == "scale" else value
+
+        shapes = jax.eval_shape(lambda key: init(module, key), jax.random.key(0))
+        return jax.tree_util.tree_map_with_path(draw, shapes)
+
+    words = ["a red circle moves left right", "a blue square stays on a dark background"]
+    tokenizer = train_word_tokenizer(words, vocab_size=64, path=folder / "tokenizer.json")
+    with checkpoint.create(folder / "tiny", config, source={"made_for": "tests"}) as out:
+        out.add_tree("transformer", drawn(transformer.init_params, pipeline.transformer_of(config)))
+        out.add_tree("text_encoder", drawn(text_encoder.init_params, pipeline.text_encoder_of(config)))
+        out.add_tree("vae", drawn(vae.init_params, pipeline.vae_of(config)))
+        out.add_tokenizer(tokenizer)
+    return folder / "tiny"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Prompt embeddings and compiled programs of the tests stay out of the user's cache."""
+    os.environ["LONGLIVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import SamplerConfig
-from longlive_jax.types import Array
+from longlive_jax.types import Array, ArrayLike
 
 NUM_TIMESTEPS = 1000
 
@@ -33,7 +33,7 @@ class FlowSchedule:
     def sigmas(self) -> np.ndarray:
         """float32 `[1000]`, falling from 1."""
         uniform = np.linspace(1.0, 0.0, NUM_TIMESTEPS + 1)[:-1]
-        return shift_sigma(uniform, self.shift).astype(np.float32)
+        return np.asarray(shift_sigma(uniform, self.shift), np.float32)
 
     @functools.cached_property
     def timesteps(self) -> np.ndarray:
@@ -114,7 +114,7 @@ def few_step_table(config: SamplerConfig) -> FewStepTable:
     return FewStepTable(steps, sigmas, np.append(sigmas[1:], np.float32(0)))
 
 
-def shift_sigma(sigma: np.ndarray | Array, shift: float) -> np.ndarray | Array:
+def shift_sigma(sigma: ArrayLike, shift: float) -> ArrayLike:
     """Moves sigmas in [0, 1] towards noise: `s sigma / (1 + (s - 1) sigma)`."""
     return shift * sigma / (1 + (shift - 1) * sigma)
 

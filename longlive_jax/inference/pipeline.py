@@ -24,7 +24,7 @@ import numpy as np
 from longlive_jax import checkpoint as checkpoint_lib
 from longlive_jax import config as config_lib
 from longlive_jax import lora, video
-from longlive_jax.config import PipelineConfig, SwitchPolicy
+from longlive_jax.config import PipelineConfig, SwitchConfig, SwitchPolicy
 from longlive_jax.diffusion import noise
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference import rollout
@@ -37,7 +37,7 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE
-from longlive_jax.types import Array, Params
+from longlive_jax.types import Array, ArrayLike, Params
 
 Weights = Literal["auto", "transformer", "transformer_ema"]
 
@@ -263,32 +263,20 @@ class Pipeline:
         frame: int,
         text: Mapping[str, Array],
     ) -> rollout.RolloutState:
-        """Applies the switches that take effect at `frame`, together where their policies agree."""
+        """Applies the switches that take effect at `frame`."""
         due = {i: s for i, story in enumerate(stories) for s in story.switches if self._starts(s, frame)}
         if not due:
             return state
         prompts = jnp.stack([text[due[i].prompt if i in due else s.prompt] for i, s in enumerate(stories)])
-        starts = np.asarray(state.cache.start)
-        switch = self.config.switch
+        how = {index: self._resolved(switch) for index, switch in due.items()}
+        return switch_prompts(self.generator, self.params, state, prompts, how)
 
-        def how(index: int) -> tuple[SwitchPolicy, int, bool]:
-            policy = due[index].policy or switch.policy
-            if policy != "recache":
-                return policy, 0, False
-            generated = frame - int(starts[index])
-            keep_sink = switch.keep_sink if due[index].keep_sink is None else due[index].keep_sink
-            keeps = self.generator.keeps_sink(generated, bool(keep_sink))
-            return policy, self.generator.recache_frames(generated), keeps
-
-        for (policy, frames, keeps), group in itertools.groupby(sorted(due, key=how), key=how):
-            mask = np.zeros(len(stories), bool)
-            mask[list(group)] = True
-            arguments = (self.generator, self.params, state, prompts, mask)
-            if policy == "recache":
-                state = rollout.recache(*arguments, frames=frames, keep_sink=keeps)
-            else:
-                state = (rollout.keep if policy == "keep" else rollout.clear)(*arguments)
-        return state
+    def _resolved(self, switch: PromptSwitch) -> SwitchConfig:
+        default = self.config.switch
+        return SwitchConfig(
+            policy=switch.policy or default.policy,
+            keep_sink=default.keep_sink if switch.keep_sink is None else switch.keep_sink,
+        )
 
     def _starts(self, switch: PromptSwitch, frame: int) -> bool:
         return effective_frame(switch.frame, self.config.window.block_frames) == frame
@@ -315,10 +303,53 @@ class Pipeline:
         return Chunk(frame, np.asarray(latents)[:, :kept], np.asarray(pixels)[:, :shown])
 
     def _precision(self) -> contextlib.AbstractContextManager[None]:
-        """float32 means float32: without this a GPU multiplies float32 matrices in TF32."""
-        if self.config.dtype == "float32":
-            return jax.default_matmul_precision("highest")
-        return contextlib.nullcontext()
+        return matmul_precision(self.config)
+
+
+def switch_prompts(
+    generator: rollout.Generator,
+    params: Params,
+    state: rollout.RolloutState,
+    text: ArrayLike,
+    due: Mapping[int, SwitchConfig],
+) -> rollout.RolloutState:
+    """Switches some samples of a batch to new prompts, together where their policies agree.
+
+    Args:
+      generator: the rollout.
+      params: the transformer's parameters.
+      state: the state between two blocks; consumed.
+      text: `[B, M, text_dim]` new prompt embeddings (any values for the other samples).
+      due: sample index to how it switches.
+
+    Returns:
+      The state for the next block.
+    """
+    frame, starts = int(state.frame), np.asarray(state.cache.start)
+
+    def how(index: int) -> tuple[SwitchPolicy, int, bool]:
+        if due[index].policy != "recache":
+            return due[index].policy, 0, False
+        generated = frame - int(starts[index])
+        keeps = generator.keeps_sink(generated, due[index].keep_sink)
+        return "recache", generator.recache_frames(generated), keeps
+
+    for (policy, frames, keeps), group in itertools.groupby(sorted(due, key=how), key=how):
+        mask = np.zeros(len(starts), bool)
+        mask[list(group)] = True
+        arguments = (generator, params, state, text, mask)
+        if policy == "recache":
+            state = rollout.recache(*arguments, frames=frames, keep_sink=keeps)
+        else:
+            state = (rollout.keep if policy == "keep" else rollout.clear)(*arguments)
+    return state
+
+
+def matmul_precision(config: PipelineConfig) -> contextlib.AbstractContextManager[None]:
+    """float32 means float32: without this a GPU multiplies float32 matrices in TF32."""
+    if config.dtype == "float32":
+        return jax.default_matmul_precision("highest")
+    return contextlib.nullcontext()
 
 
 def transformer_of(config: PipelineConfig) -> Transformer:

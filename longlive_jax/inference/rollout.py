@@ -10,6 +10,7 @@ Source: LongLive `pipeline/causal_inference.py`, `pipeline/interactive_causal_in
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -99,7 +100,8 @@ class Generator:
 
     def encode_text(self, params: Params, text: Array) -> TextContext:
         """Cross-attention keys and values of `[B, M, text_dim]` prompt embeddings."""
-        return self.transformer.apply({"params": params}, text, method="text_context")
+        result: Any = self.transformer.apply({"params": params}, text, method="text_context")
+        return result
 
     def step(self, params: Params, state: RolloutState) -> tuple[RolloutState, Array]:
         """Generates one block: the denoising passes, then the clean pass that enters it in the cache.
@@ -108,10 +110,11 @@ class Generator:
           The next state and the block's latents, float32 `[B, block_frames, h, w, C]`.
         """
         block = self.window.block_frames
-        shape = (*state.history.shape[2:4], state.history.shape[4])
         positions = state.frame + jnp.arange(block, dtype=jnp.int32)
         cache = cache_lib.place_sink(state.cache, state.frame + block)
-        start = self.noise(state.seeds, positions, jnp.int32(noise_lib.INITIAL_STEP), shape)
+        start = self.noise(
+            state.seeds, positions, jnp.int32(noise_lib.INITIAL_STEP), _frame_shape(state.history)
+        )
         latents = self.denoise(params, state, cache, start, positions)
         own = self.context_pass(params, state.text, latents, positions, cache_lib.context(cache))
         history = jnp.concatenate([state.history, latents], axis=1)[:, -state.history.shape[1] :]
@@ -146,16 +149,17 @@ class Generator:
         steps = schedule.few_step_table(self.sampler)
         context = cache_lib.context(cache)
 
-        def one_pass(x: Array, step: tuple[Array, Array, Array, Array]) -> tuple[Array, None]:
+        def one_pass(x: Array, step: tuple[Array, ...]) -> tuple[Array, None]:
             timestep, sigma, next_sigma, index = step
             velocity, _ = self.velocity(params, x, timestep, state.text, positions, context)
             x0 = x - sigma * velocity
-            fresh = self.noise(state.seeds, positions, index + 1, x.shape[2:])
+            fresh = self.noise(state.seeds, positions, index + 1, _frame_shape(x))
             return (1 - next_sigma) * x0 + next_sigma * fresh, None
 
         count = jnp.arange(len(steps.timesteps), dtype=jnp.int32)
         # Unrolling buys nothing: one pass of the layers dwarfs the loop around it.
-        return jax.lax.scan(one_pass, noisy, (steps.timesteps, steps.sigmas, steps.next_sigmas, count))[0]
+        columns = tuple(jnp.asarray(c) for c in (steps.timesteps, steps.sigmas, steps.next_sigmas, count))
+        return jax.lax.scan(one_pass, noisy, columns)[0]
 
     def context_pass(
         self,
@@ -180,9 +184,10 @@ class Generator:
     ) -> tuple[Array, BlockKV]:
         """One pass of the transformer at a scalar timestep."""
         timesteps = jnp.broadcast_to(timestep, (latents.shape[0], 1)).astype(jnp.float32)
-        return self.transformer.apply(
+        result: Any = self.transformer.apply(
             {"params": params}, latents, timesteps, text, positions=positions, context=context
         )
+        return result
 
     def rollout(self, params: Params, state: RolloutState, blocks: int) -> tuple[RolloutState, Array]:
         """`blocks` steps as one `lax.scan`.
@@ -275,6 +280,12 @@ class Generator:
         everything, sink included, whatever the setting.
         """
         return keep_sink and self.window.is_bounded and generated > self.window.window_frames
+
+
+def _frame_shape(latents: Array) -> tuple[int, int, int]:
+    """(h, w, C) of `[B, F, h, w, C]`."""
+    _, _, height, width, channels = latents.shape
+    return height, width, channels
 
 
 # --- compiled entry points ------------------------------------------------------------------------

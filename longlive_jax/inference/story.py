@@ -100,7 +100,7 @@ def check_schedule(story: Story, *, frames: int, block_frames: int) -> None:
       UserError: a switch comes at or after the end, or two take effect at the same block.
     """
     starts = [effective_frame(switch.frame, block_frames) for switch in story.switches]
-    for switch, start, following in zip(story.switches, starts, [*starts[1:], None], strict=True):
+    for switch, start, following in zip(story.switches, starts, [*starts, None][1:], strict=True):
         require(
             start < frames,
             f"the switch at frame {switch.frame} takes effect at frame {start}, but the video has {frames} "

@@ -16,7 +16,7 @@ import math
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.types import Array, pytree
+from longlive_jax.types import Array, ArrayLike, pytree
 
 BASE = 10000.0
 
@@ -67,11 +67,11 @@ def turn_angles(count: Array, high: np.ndarray, low: np.ndarray) -> Array:
     return jnp.where(n < 0, -angle, angle)
 
 
-def _multiply_high(a: Array, b: np.ndarray) -> Array:
+def _multiply_high(a: Array, b: ArrayLike) -> Array:
     """Upper 32 bits of the 64-bit product of two uint32 (JAX has no uint64 by default)."""
     mask, half = np.uint32(0xFFFF), np.uint32(16)
-    b = jnp.asarray(b)
-    a_low, a_high, b_low, b_high = a & mask, a >> half, b & mask, b >> half
+    words = jnp.asarray(b)
+    a_low, a_high, b_low, b_high = a & mask, a >> half, words & mask, words >> half
     middle = a_high * b_low + ((a_low * b_low) >> half)
     carry = (middle & mask) + a_low * b_high
     return a_high * b_high + (middle >> half) + (carry >> half)

@@ -20,8 +20,12 @@ def obstacle(query: Array, *, platform: str) -> str | None:
 
 def attend(query: Array, key: Array, value: Array, *, length: Array | None) -> Array:
     """Attention of `[B, T, N, H]` queries to the first `length` `[B]` (or all) of `[B, K, N, H]` keys."""
-    lengths = {}
-    if length is not None:
-        queries = jnp.full(query.shape[:1], query.shape[1], jnp.int32)
-        lengths = {"query_seq_lengths": queries, "key_value_seq_lengths": length.astype(jnp.int32)}
-    return jax.nn.dot_product_attention(query, key, value, implementation="cudnn", **lengths)
+    queries = None if length is None else jnp.full(query.shape[:1], query.shape[1], jnp.int32)
+    return jax.nn.dot_product_attention(
+        query,
+        key,
+        value,
+        query_seq_lengths=queries,
+        key_value_seq_lengths=length,
+        implementation="cudnn",
+    )

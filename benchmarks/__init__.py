@@ -1,0 +1,1 @@
+"""Measurements that anyone can repeat; results/ holds what they printed on the machines named in it."""

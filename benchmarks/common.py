@@ -1,0 +1,80 @@
+"""What every benchmark shares: the machine's description, side-by-side timing, the JSON result."""
+
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, Any]:
+    """Processor, cores, memory, devices and versions; nothing that identifies a host."""
+    import jax
+
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    try:
+        import torch
+
+        versions["torch"] = torch.__version__
+    except ImportError:
+        pass
+    return {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
+        "devices": sorted({device.device_kind for device in jax.devices()}),
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def side_by_side(ours: Callable[[], Any], theirs: Callable[[], Any], *, repeats: int) -> dict[str, Any]:
+    """Times two calls in turn, A B A B, after one untimed call of each.
+
+    Returns:
+      Seconds of each (median, minimum, maximum) and the median of the ratios ours / theirs pair by pair.
+    """
+    ours()
+    theirs()
+    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+    return {
+        "ours_seconds": _summary([a for a, _ in pairs]),
+        "theirs_seconds": _summary([b for _, b in pairs]),
+        "ratio": _summary([a / b for a, b in pairs]),
+        "repeats": repeats,
+    }
+
+
+def _seconds(call: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def _summary(values: list[float]) -> dict[str, float]:
+    return {
+        "median": round(statistics.median(values), 4),
+        "min": round(min(values), 4),
+        "max": round(max(values), 4),
+    }
+
+
+def save(name: str, result: Mapping[str, Any]) -> pathlib.Path:
+    """Writes `results/NAME.json` with the machine's description and prints it."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    text = json.dumps({"machine": machine(), **result}, indent=2)
+    path.write_text(text + "\n")
+    print(text)
+    return path
