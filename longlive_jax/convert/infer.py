@@ -1,0 +1,328 @@
+"""Works out the config of a model from the shapes of its tensors and the config files beside them."""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from longlive_jax import config as configs
+from longlive_jax.config import PipelineConfig, TextEncoderConfig, TransformerConfig, VAEConfig
+from longlive_jax.convert import keys_text_encoder, keys_transformer
+from longlive_jax.convert.detect import Found
+from longlive_jax.convert.table import Table
+from longlive_jax.errors import UserError, require
+
+# The release's head size; attention weights do not show where one head ends and the next begins.
+_HEAD_DIM = 128
+
+# Our setting -> its name in Wan's and in diffusers' config.json.
+_TRANSFORMER_SETTINGS = {
+    "dim": ("dim",),
+    "ffn_dim": ("ffn_dim",),
+    "num_heads": ("num_heads", "num_attention_heads"),
+    "num_layers": ("num_layers",),
+    "freq_dim": ("freq_dim",),
+    "text_dim": ("text_dim",),
+    "text_len": ("text_len",),
+    "latent_channels": ("in_dim", "in_channels"),
+    "eps": ("eps",),
+}
+_TEXT_ENCODER_SETTINGS = {
+    "max_distance": ("relative_attention_max_distance",),
+    "pad_id": ("pad_token_id",),
+    "eps": ("layer_norm_epsilon",),
+}
+_VAE_SETTINGS = {"latent_mean": ("latents_mean",), "latent_std": ("latents_std",)}
+
+_LAYER = re.compile(r"^(?:encoder\.|base_model\.model\.)?blocks?\.(\d+)\.")
+_VAE_LEVELS = {
+    "wan": (re.compile(r"^encoder\.downsamples\.(\d+)\."), "encoder.downsamples.{}.residual.2.weight"),
+    "diffusers": (re.compile(r"^encoder\.down_blocks\.(\d+)\."), "encoder.down_blocks.{}.conv1.weight"),
+}
+
+
+def pipeline_config(
+    found: Mapping[str, Found],
+    *,
+    preset: str | None,
+    overrides: Mapping[str, Any],
+    settings: Mapping[str, Any] = MappingProxyType({}),
+) -> PipelineConfig:
+    """The config of the model whose parts were found.
+
+    Args:
+      found: the parts by name. What is not there takes the preset's config, or fits the rest.
+      preset: name of the preset that decides what tensors do not show.
+      overrides: dotted settings that win over everything else.
+      settings: a transformer's config.json, for a model whose transformer is not there.
+
+    Raises:
+      UserError: a setting cannot be worked out, or the parts do not fit together.
+    """
+    base = configs.preset(preset or "wan_1_3b")
+    known = base if preset else None
+    sections = {part: _section(overrides, part) for part in ("transformer", "text_encoder", "vae")}
+    vae = base.vae
+    if "vae" in found:
+        vae = vae_config(found["vae"], preset=known.vae if known else None, overrides=sections["vae"])
+    transformer = _transformer(found, known=known, overrides=sections["transformer"])
+    text_encoder = base.text_encoder
+    if "text_encoder" in found:
+        text_len = transformer.text_len if transformer else settings.get("text_len", text_encoder.text_len)
+        text_encoder = text_encoder_config(
+            found["text_encoder"],
+            text_len=text_len,
+            preset=known.text_encoder if known else None,
+            overrides=sections["text_encoder"],
+        )
+    if transformer is None:
+        transformer = _fitting_transformer(found, base.transformer, text_encoder, vae)
+        transformer = configs.override(transformer, sections["transformer"])
+    if "text_encoder" not in found:
+        text_encoder = _fitting_text_encoder(text_encoder, transformer)
+    try:
+        result = dataclasses.replace(
+            base,
+            name=preset or _name(transformer),
+            transformer=transformer,
+            text_encoder=text_encoder,
+            vae=vae,
+        )
+    except UserError as error:
+        raise UserError(
+            f"the parts do not fit together: {error}; convert them one by one (parts=...)"
+        ) from error
+    return configs.override(result, overrides)
+
+
+def _transformer(
+    found: Mapping[str, Found], *, known: PipelineConfig | None, overrides: Mapping[str, Any]
+) -> TransformerConfig | None:
+    for part in ("transformer", "transformer_ema", "critic"):
+        if part in found:
+            return transformer_config(
+                found[part], preset=known.transformer if known else None, overrides=overrides
+            )
+    return None
+
+
+def check_names(overrides: Mapping[str, Any]) -> None:
+    """Refuses overrides of settings that do not exist, before any file is opened.
+
+    Raises:
+      UserError: a dotted name leads nowhere.
+    """
+    for path in overrides:
+        node: Any = configs.PRESETS["wan_1_3b"]
+        for name in path.split("."):
+            known = (
+                [field.name for field in dataclasses.fields(node)] if dataclasses.is_dataclass(node) else []
+            )
+            require(
+                name in known,
+                f"{path}: {name!r} is not a setting; choose one of {', '.join(known) or 'none'}",
+            )
+            node = getattr(node, name)
+
+
+def transformer_config(
+    found: Found,
+    *,
+    preset: TransformerConfig | None = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> TransformerConfig:
+    """The transformer's config: shapes, then config.json, then the preset, then the defaults."""
+    tables = {"wan": keys_transformer.table, "diffusers": keys_transformer.diffusers_table}
+    shapes = _Shapes(found, tables[found.layout](configs.WAN_1_3B))
+    dim, channels, *patch = shapes["patch_embed/kernel", 5]
+    settings = _settings(found, _TRANSFORMER_SETTINGS)
+    seen = {
+        "dim": dim,
+        "ffn_dim": shapes["blocks/ffn/fc1/kernel", 2][0],
+        "num_layers": _num_layers(found),
+        "freq_dim": shapes["time_embed/fc1/kernel", 2][1],
+        "text_dim": shapes["text_embed/fc1/kernel", 2][1],
+        "latent_channels": channels,
+        "patch": tuple(patch),
+    }
+    _agree(found, settings, seen)
+    require(
+        shapes["head/proj/kernel", 2][0] == math.prod(patch) * channels,
+        f"{found.origin}: reads {channels} channels and writes others (an image-to-video model?); "
+        "text-to-video models are supported",
+    )
+    defaults = _kept(preset, ("text_len", "eps", *(("num_heads",) if preset and preset.dim == dim else ())))
+    values = {**defaults, **settings, **seen}
+    if "num_heads" in overrides:
+        values["num_heads"] = 1  # holds the place until the overrides are applied, checked, below
+    elif "num_heads" not in values:
+        require(
+            dim % _HEAD_DIM == 0,
+            f"{found.origin}: the number of heads is not in the tensors; set transformer.num_heads, "
+            "or add the folder that holds the model's config.json",
+        )
+        values["num_heads"] = dim // _HEAD_DIM
+    return configs.override(configs.from_dict(TransformerConfig, values, where=found.origin), overrides)
+
+
+def text_encoder_config(
+    found: Found,
+    *,
+    text_len: int,
+    preset: TextEncoderConfig | None = None,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+) -> TextEncoderConfig:
+    """The text encoder's config; `text_len` is the transformer's."""
+    tables = {"wan": keys_text_encoder.table, "transformers": keys_text_encoder.transformers_table}
+    shapes = _Shapes(found, tables[found.layout](configs.UMT5_XXL))
+    vocab_size, dim = shapes["token_embedding", 2]
+    num_buckets, num_heads = shapes["blocks/attn/position", 2]
+    seen = {
+        "vocab_size": vocab_size,
+        "dim": dim,
+        "attn_dim": shapes["blocks/attn/q/kernel", 2][0],
+        "ffn_dim": shapes["blocks/ffn/fc1/kernel", 2][0],
+        "num_heads": num_heads,
+        "num_layers": _num_layers(found),
+        "num_buckets": num_buckets,
+    }
+    # In Wan's layout the config.json beside this file is the transformer's.
+    settings = _settings(found, _TEXT_ENCODER_SETTINGS) if found.layout == "transformers" else {}
+    defaults = {"text_len": text_len, **_kept(preset, ("max_distance", "pad_id", "eps"))}
+    values = {**defaults, **settings, **seen}
+    return configs.override(configs.from_dict(TextEncoderConfig, values, where=found.origin), overrides)
+
+
+def vae_config(
+    found: Found, *, preset: VAEConfig | None = None, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> VAEConfig:
+    """The VAE's config: the walk over the encoder's levels gives their widths and strides."""
+    pattern, block_name = _VAE_LEVELS[found.layout]
+    names = ("encoder.conv1", "conv2") if found.layout == "wan" else ("encoder.conv_in", "post_quant_conv")
+    dim, z_dim = (_shape(found, f"{name}.weight", 5)[0] for name in names)
+    require(dim > 0, f"{found.origin}: {names[0]}.weight has no output channels")
+    widths: list[int] = []
+    blocks: list[int] = [0]
+    temporal: list[bool] = []
+    for index in sorted({int(match.group(1)) for match in map(pattern.match, found.tensors) if match}):
+        prefix = block_name.split("{}")[0] + str(index)
+        if block_name.format(index) in found.tensors:
+            widths[len(temporal) :] = [_shape(found, block_name.format(index), 5)[0]]
+            blocks[-1] += 1
+        elif f"{prefix}.resample.1.weight" in found.tensors:
+            temporal.append(f"{prefix}.time_conv.weight" in found.tensors)
+            blocks.append(0)
+        else:
+            raise UserError(f"{found.origin}: {block_name.format(index)} is missing; download it again")
+    require(
+        len(set(blocks)) == 1 and len(widths) == len(temporal) + 1 and all(w % dim == 0 for w in widths),
+        f"{found.origin}: levels of widths {widths} with {blocks} blocks; only a regular VAE is read",
+    )
+    seen = {
+        "dim": dim,
+        "z_dim": z_dim,
+        "dim_mult": tuple(width // dim for width in widths),
+        "num_res_blocks": blocks[0],
+        "temporal_downsample": tuple(temporal),
+    }
+    settings = _settings(found, _VAE_SETTINGS) if found.layout == "diffusers" else {}
+    statistics = _kept(preset, ("latent_mean", "latent_std"))
+    values = {**statistics, **settings, **seen}
+    return configs.override(configs.from_dict(VAEConfig, values, where=found.origin), overrides)
+
+
+class _Shapes:
+    """Shapes of a part's tensors on the source's side, by our path (of layer 0 for stacked ones)."""
+
+    def __init__(self, found: Found, table: Table):
+        self._found = found
+        self._names = {rule.target: rule.source_name(0) for rule in table.rules}
+
+    def __getitem__(self, key: tuple[str, int]) -> tuple[int, ...]:
+        return _shape(self._found, self._names[key[0]], key[1])
+
+
+def _num_layers(found: Found) -> int:
+    """One more than the highest layer there is a tensor of."""
+    layers = [int(match.group(1)) for match in map(_LAYER.match, found.tensors) if match]
+    count = max(layers, default=-1) + 1
+    require(
+        0 < count <= len(found.tensors),
+        f"{found.origin}: its layers are numbered up to {count - 1}, with fewer tensors than layers",
+    )
+    return count
+
+
+def _shape(found: Found, name: str, rank: int) -> tuple[int, ...]:
+    require(name in found.tensors, f"{found.origin}: {name} is missing; download it again")
+    shape = found.tensors[name].spec.shape
+    require(len(shape) == rank, f"{found.origin}: {name} has shape {shape}; {rank} axes are expected")
+    return shape
+
+
+def _settings(found: Found, names: Mapping[str, tuple[str, ...]]) -> dict[str, Any]:
+    """The settings of a config.json that we know, by our names."""
+    return {
+        ours: tuple(value) if isinstance(value := found.settings[theirs], list) else value
+        for ours, alternatives in names.items()
+        for theirs in alternatives
+        if theirs in found.settings
+    }
+
+
+def _agree(found: Found, settings: Mapping[str, Any], seen: Mapping[str, Any]) -> None:
+    for name, value in seen.items():
+        require(
+            settings.get(name, value) == value,
+            f"{found.origin}: tensors have {name}={value}, the model's config.json says {settings.get(name)}",
+        )
+
+
+def _section(overrides: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """The overrides of one part, e.g. `transformer.num_heads` as `num_heads`."""
+    prefix = f"{name}."
+    return {key.removeprefix(prefix): value for key, value in overrides.items() if key.startswith(prefix)}
+
+
+def _kept(preset: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(preset, name) for name in names} if preset is not None else {}
+
+
+def _name(transformer: TransformerConfig) -> str:
+    for name, config in configs.PRESETS.items():
+        if config.transformer == transformer:
+            return name
+    return "custom"
+
+
+def _fitting_transformer(
+    found: Mapping[str, Found], base: TransformerConfig, text_encoder: TextEncoderConfig, vae: VAEConfig
+) -> TransformerConfig:
+    """A stand-in for a transformer that the checkpoint does not have; a LoRA shows its size."""
+    shapes: dict[str, Any] = {}
+    if lora := found.get("lora") or found.get("critic_lora"):
+        inputs = {name: t.spec.shape[-1] for name, t in lora.tensors.items() if ".lora_A." in name}
+        dims = [size for name, size in inputs.items() if ".ffn.2." not in name]
+        hidden = [size for name, size in inputs.items() if ".ffn.2." in name]
+        dim = dims[0] if dims else base.dim
+        heads = dim // _HEAD_DIM if dim % _HEAD_DIM == 0 else 1
+        shapes = {"dim": dim, "num_heads": heads, "num_layers": _num_layers(lora)}
+        shapes |= {"ffn_dim": hidden[0]} if hidden else {}
+    return dataclasses.replace(
+        base,
+        text_dim=text_encoder.dim,
+        text_len=text_encoder.text_len,
+        latent_channels=vae.z_dim,
+        **shapes,
+    )
+
+
+def _fitting_text_encoder(base: TextEncoderConfig, transformer: TransformerConfig) -> TextEncoderConfig:
+    """A stand-in for a text encoder that the checkpoint does not have."""
+    dim = transformer.text_dim
+    if dim == base.dim:
+        return dataclasses.replace(base, text_len=transformer.text_len)
+    heads = math.gcd(dim, base.num_heads)
+    return dataclasses.replace(base, dim=dim, attn_dim=dim, num_heads=heads, text_len=transformer.text_len)
