@@ -1,0 +1,198 @@
+"""Toy clips and prompts as Grain data sets: shuffled, sharded by process, checkpointable, prefetched.
+
+A batch is rendered as a whole, in Grain's reading threads, while the previous one trains. The *global*
+batch decides which clips belong together, and a process takes its rows of it: two processes see
+exactly the halves of what one would see.
+
+The result is a `grain.IterDataset`; its iterator's `get_state` and `set_state` resume at the very next
+batch, and `.mp_prefetch(...)` moves the rendering to other processes where threads are not enough.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import grain
+import numpy as np
+
+from longlive_jax.errors import require
+from longlive_jax.toy.grammar import describe_codes, describe_scenes
+from longlive_jax.toy.renderer import render
+from longlive_jax.toy.world import TEMPLATE_COUNT, Split, World, generator, sample_scenes, sample_switch
+
+Tokenizer = Callable[[list[str]], np.ndarray]
+"""Turns B captions into token ids, int [B, M]; must be picklable for `mp_prefetch`."""
+
+Batch = dict[str, np.ndarray]
+
+_SWITCH_STREAM = 1  # keeps a pair's switch independent of its scene: (seed, index, 1) against (seed, index)
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig:
+    """Which examples, in which order.
+
+    Attributes:
+      batch_size: examples per step over all processes.
+      seed: names the data set and its order; the same seed is the same data.
+      split: combinations of prompted attributes to draw from.
+      examples: distinct examples; the order is shuffled anew in every pass over them.
+      threads: threads that make batches.
+      prefetch: batches kept ready.
+    """
+
+    batch_size: int = 8
+    seed: int = 0
+    split: Split = "train"
+    examples: int = 1 << 20
+    threads: int = 2
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "threads", "prefetch"):
+            value = getattr(self, name)
+            require(value > 0, f"data.{name}={value} must be positive")
+        require(0 <= self.seed < 1 << 31, f"data.seed={self.seed} must be in [0, 2**31)")
+        require(
+            self.examples >= self.batch_size,
+            f"data.examples={self.examples} must be at least batch_size={self.batch_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Clips:
+    """Indices [B] -> rendered clips."""
+
+    world: World
+    seed: int
+    split: Split
+    frames: int
+    tokenizer: Tokenizer | None
+
+    def __call__(self, indices: np.ndarray) -> Batch:
+        scenes = sample_scenes(self.world, seed=self.seed, indices=indices, split=self.split)
+        batch = {"video": render(self.world, scenes, frames=self.frames), "attributes": scenes.codes}
+        return batch | _text("caption", describe_scenes(scenes), self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Prompts:
+    """Indices [B] -> captions."""
+
+    world: World
+    seed: int
+    split: Split
+    tokenizer: Tokenizer | None
+
+    def __call__(self, indices: np.ndarray) -> Batch:
+        scenes = sample_scenes(self.world, seed=self.seed, indices=indices, split=self.split)
+        return {"attributes": scenes.codes} | _text("caption", describe_scenes(scenes), self.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _PromptPairs:
+    """Indices [B] -> a caption and the caption to switch to."""
+
+    prompts: _Prompts
+
+    def __call__(self, indices: np.ndarray) -> Batch:
+        batch = self.prompts(indices)
+        codes, templates = [], []
+        for index, before in zip(indices, batch["attributes"], strict=True):
+            stream = generator(self.prompts.seed, int(index), _SWITCH_STREAM)
+            codes.append(sample_switch(before, stream=stream, split=self.prompts.split))
+            templates.append(stream.integers(TEMPLATE_COUNT))
+        after = describe_codes(np.array(codes), np.array(templates))
+        switched = {"switch_attributes": np.array(codes)}
+        return batch | switched | _text("switch_caption", after, self.prompts.tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    """This process's rows of a global batch of indices."""
+
+    begin: int
+    end: int
+
+    def __call__(self, indices: np.ndarray) -> np.ndarray:
+        return indices[self.begin : self.end]
+
+
+def clips(
+    world: World,
+    config: DataConfig,
+    *,
+    frames: int,
+    tokenizer: Tokenizer | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> grain.IterDataset[Batch]:
+    """Endless batches of rendered clips.
+
+    Args:
+      world: geometry.
+      config: which clips, in which order.
+      frames: video frames V per clip, 4 (F - 1) + 1 for F latents.
+      tokenizer: adds "caption_tokens"; without it there is only text.
+      shard: this process's share, for example `grain.sharding.ShardByJaxProcess()`; default: everything.
+
+    Returns:
+      Batches {"video": float32 [b, V, Y, X, 3] in [-1, 1], "caption": str [b], "attributes": int32 [b, 4]}
+      with b = batch_size / number of shards.
+
+    Raises:
+      UserError: no frames, or a batch size that the shards do not divide.
+    """
+    require(frames > 0, f"frames={frames} must be positive")
+    return _stream(config, shard, _Clips(world, config.seed, config.split, frames, tokenizer))
+
+
+def prompts(
+    world: World,
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> grain.IterDataset[Batch]:
+    """Endless batches of captions without video, as `clips`: what distillation trains on."""
+    return _stream(config, shard, _Prompts(world, config.seed, config.split, tokenizer))
+
+
+def prompt_pairs(
+    world: World,
+    config: DataConfig,
+    *,
+    tokenizer: Tokenizer | None = None,
+    shard: grain.sharding.ShardOptions | None = None,
+) -> grain.IterDataset[Batch]:
+    """Endless batches of captions and captions to switch to, for long tuning.
+
+    The two differ in 1 to 4 attributes, each number equally often. Besides the keys of `prompts` a
+    batch has "switch_caption" and "switch_attributes", and "switch_caption_tokens" with a tokenizer.
+    """
+    make = _PromptPairs(_Prompts(world, config.seed, config.split, tokenizer))
+    return _stream(config, shard, make)
+
+
+def _text(name: str, texts: list[str], tokenizer: Tokenizer | None) -> Batch:
+    batch = {name: np.array(texts)}
+    if tokenizer is not None:
+        batch[f"{name}_tokens"] = np.asarray(tokenizer(texts))
+    return batch
+
+
+def _stream(
+    config: DataConfig, shard: grain.sharding.ShardOptions | None, make: Callable[[np.ndarray], Batch]
+) -> grain.IterDataset[Batch]:
+    shard = shard or grain.sharding.NoSharding()
+    require(
+        config.batch_size % shard.shard_count == 0,
+        f"data.batch_size={config.batch_size} must be a multiple of the {shard.shard_count} processes",
+    )
+    rows = config.batch_size // shard.shard_count
+    begin = rows * shard.shard_index
+    # Shuffling indices and batching them costs nothing; only this process's rows are ever rendered.
+    dataset = grain.MapDataset.range(config.examples).shuffle(seed=config.seed).repeat()
+    dataset = dataset.batch(config.batch_size, drop_remainder=True)
+    dataset = dataset.map(_Rows(begin, begin + rows)).map(make)
+    return dataset.to_iter_dataset(
+        grain.ReadOptions(num_threads=config.threads, prefetch_buffer_size=config.prefetch)
+    )
