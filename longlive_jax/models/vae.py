@@ -23,6 +23,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 
 from longlive_jax.config import VAEConfig
@@ -218,7 +219,7 @@ class WanVAE(nn.Module):
         )
         require(
             all(size > 0 and size % stride == 0 for size in video.shape[2:4]),
-            f"video.shape={video.shape} must have rows and columns that are multiples of {stride}; crop or pad",
+            f"video.shape={video.shape} must have rows and columns divisible by {stride}; crop or pad",
         )
 
     def _check_latents(self, latents: Array) -> None:
@@ -241,7 +242,7 @@ class Encoder(nn.Module):
         """Maps [B, T, Y, X, 3] to ([B, 1, h, w, 2 C], next state); T is 1 at first, then the stride."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         levels = encoder_levels(self.config)
-        new = {}
+        new: State = {}
         x, new["conv_in"] = layers.CausalConv(self.config.dim, name="conv_in", **dtypes)(x, state["conv_in"])
         for i, level in enumerate(levels):
             stage = Stage(level, layers.Downsample, name=f"down_{i}", **dtypes)
@@ -265,7 +266,7 @@ class Decoder(nn.Module):
         """Maps [B, 1, h, w, C] to ([B, T, Y, X, 3], next state); T is 1 at first, then the stride."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         levels = decoder_levels(self.config)
-        new = {}
+        new: State = {}
         conv_in = layers.CausalConv(levels[0].in_features, name="conv_in", **dtypes)
         x, new["conv_in"] = conv_in(x, state["conv_in"])
         x, new["mid"] = layers.Middle(levels[0].in_features, name="mid", **dtypes)(x, state["mid"])
@@ -296,7 +297,7 @@ class Stage(nn.Module):
     def __call__(self, x: Array, state: State) -> tuple[Array, State]:
         """Maps [B, T, y, x, in_features] to the next level's size and the next state."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        new = {}
+        new: State = {}
         for i in range(self.level.blocks):
             block = layers.ResBlock(self.level.features, name=f"res_{i}", **dtypes)
             x, new[f"res_{i}"] = block(x, state[f"res_{i}"])
@@ -307,11 +308,14 @@ class Stage(nn.Module):
 
 
 def init_params(vae: WanVAE, key: PRNGKey) -> Params:
-    """Random parameters of `vae`, drawn on the smallest video that reaches every layer."""
+    """Random parameters of `vae`; the draws for one key are not promised to be the same on every backend."""
     config = vae.config
     size = config.spatial_stride
-    video = jnp.zeros((1, 1 + config.temporal_stride, size, size, 3), vae.dtype)
-    return vae.init(key, video)["params"]
+    # The smallest video that reaches every layer. Nothing is computed on it: only the draws run.
+    video = jax.ShapeDtypeStruct((1, 1 + config.temporal_stride, size, size, 3), vae.dtype)
+    # The default generator takes XLA's CPU compiler over a second per shape, 40 s for this model.
+    data = jax.random.bits(key, (4,), jnp.uint32)
+    return vae.lazy_init(jax.random.wrap_key_data(data, impl="rbg"), video)["params"]
 
 
 def init_encoder_state(config: VAEConfig, batch: int, *, height: int, width: int, dtype: Any) -> State:

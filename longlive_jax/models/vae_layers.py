@@ -216,7 +216,7 @@ class Upsample(nn.Module):
         if self.temporal and history is None:
             # The second chunk is padded with zeros: the release's upsampler never sees the first.
             new = jnp.zeros((x.shape[0], HISTORY_FRAMES, *x.shape[2:]), self.dtype)
-        elif self.temporal:
+        elif history is not None:
             frames = jnp.concatenate([history, x], axis=1)  # [B, 2 + T, y, x, D]
             new = frames[:, -HISTORY_FRAMES:]
             x = TemporalConv(2 * x.shape[-1], name="time_conv", **dtypes)(frames)
