@@ -183,6 +183,32 @@ def sink_context(cache: KVCache) -> CachedContext | None:
     return _context(cache, cache.sink_slots, jnp.minimum(cache.length, cache.sink_slots))
 
 
+def in_order(cache: KVCache) -> BlockKV:
+    """The frames of a full cache, the sink first and then the ring in order of time.
+
+    Returns:
+      Keys and values `[L, B, S, P, N, H]`. Slots not yet in use make no sense here: wait until
+      `length` is `slots`.
+    """
+    sink, ring = jnp.arange(cache.sink_slots), jnp.arange(cache.slots - cache.sink_slots)
+    latest = cache.end[:, None] - len(ring) + ring
+    slots = slot_of(cache, jnp.concatenate([cache.start[:, None] + sink, latest], axis=1), end=cache.end)
+
+    def gather(buffer: Array) -> Array:
+        return jax.vmap(lambda x, where: x[:, where], in_axes=(1, 0), out_axes=1)(buffer, slots)
+
+    return BlockKV(gather(cache.key), gather(cache.value))
+
+
+def place(timeline: BlockKV, frames: BlockKV, at: Array) -> BlockKV:
+    """Writes keys and values of some frames over those of a longer stretch, from its frame `at` on."""
+
+    def one(into: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(into, new.astype(into.dtype), at, axis=2)
+
+    return jax.tree.map(one, timeline, frames)
+
+
 def select(mask: Array, new: KVCache, old: KVCache) -> KVCache:
     """Takes `new` for the samples where `mask` `[B]` holds and `old` for the others."""
 
@@ -211,7 +237,19 @@ def _store(buffer: Array, new: Array, slots: Array) -> Array:
     if buffer.shape[2] == 0:
         return buffer
 
-    def one(into: Array, frames: Array, where: Array) -> Array:
-        return into.at[:, where].set(frames.astype(into.dtype), mode="drop")
-
-    return jax.vmap(one, in_axes=(1, 1, 0), out_axes=1)(buffer, new, slots)
+    # Spelled out: under vmap the scatter copies a transposed buffer, and indexed on both axes it gathers
+    # the new frames from all devices of a batch that is spread over several.
+    numbers = jax.lax.ScatterDimensionNumbers(
+        update_window_dims=(0, 3, 4, 5),
+        inserted_window_dims=(2,),
+        scatter_dims_to_operand_dims=(2,),
+        operand_batching_dims=(1,),
+        scatter_indices_batching_dims=(0,),
+    )
+    return jax.lax.scatter(
+        buffer,
+        slots[..., None],
+        new.astype(buffer.dtype),
+        numbers,
+        mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
+    )

@@ -1,6 +1,7 @@
 """What a rollout promises: scan = stream, ring = dense attention, samples independent of their batch."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -115,6 +116,8 @@ def test_a_batch_spread_over_eight_devices_gives_the_same_videos(params):
     everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     spread = jax.device_put(params, everywhere)
     state = begin(gen, spread, jax.device_put(text, rows), seeds)
+    program = rollout.rollout.lower(gen, spread, state, 5).compile().as_text()
+    assert not re.findall(r"all-gather|all-reduce|all-to-all|collective-permute", program)
     state, latents = rollout.rollout(gen, spread, state, 5)
     assert len(latents.sharding.device_set) == 8
     np.testing.assert_allclose(latents, expected, **ROUNDING)
@@ -252,3 +255,19 @@ def test_the_cache_is_updated_in_place(params):
     state, _ = rollout.step(gen, params, state)
     assert before.is_deleted()
     assert state.cache.key.unsafe_buffer_pointer() == address
+
+
+@pytest.mark.parametrize("rope", ["absolute", "relative"])
+@pytest.mark.parametrize("scanned", [False, True])
+def test_the_compiled_program_never_copies_the_cache(params, rope, scanned):
+    """No instruction but the in-place writes makes an array as large as the cache."""
+    gen = generator(rope=rope)
+    state = begin(gen, params, prompts(2), [1, 2])
+    entry = rollout.rollout.lower(gen, params, state, 4) if scanned else rollout.step.lower(gen, params, state)
+    made = {}
+    for line in entry.compile().as_text().splitlines():
+        found = re.match(r"\s*(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
+        if found and np.prod([int(n) for n in found[1].split(",")]) >= state.cache.key.size:
+            made.setdefault(found[2], []).append(line.strip())
+    assert "scatter" in made  # the search sees what it is looking for
+    assert not {"copy", "transpose", "concatenate", "gather", "select"} & set(made), made

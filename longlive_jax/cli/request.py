@@ -1,0 +1,210 @@
+"""What `longlive generate` is asked to do, resolved and checked, and the sidecar that records it.
+
+A `Request` says everything that decides the frames. It is built from the command line or from the
+JSON file that an earlier run left beside its video; both ways lead through the same checks, before
+any weights are read.
+"""
+
+import dataclasses
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import longlive_jax
+from longlive_jax import config as configs
+from longlive_jax.checkpoint import Checkpoint, open_checkpoint
+from longlive_jax.cli.info import versions
+from longlive_jax.config import PipelineConfig
+from longlive_jax.errors import UserError, require
+from longlive_jax.inference import story as stories_lib
+from longlive_jax.inference.story import Story
+from longlive_jax.storage import read_json, write_json
+
+SIDECAR = "longlive-jax generate"
+SIDECAR_VERSION = 1
+MAX_SEED = 2**32 - 1
+
+# The sections of the config that describe how to generate; the others describe the weights.
+_GENERATION = ("window", "sampler", "switch", "video", "dtype", "attention")
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """Videos to generate.
+
+    Attributes:
+      checkpoint: the open checkpoint directory.
+      config: the resolved config.
+      overrides: what turns the checkpoint's config into it.
+      stories: one per video.
+      frames: latent frames of each video.
+      seed: of the first video; the next ones count up.
+      height: pixels.
+      width: pixels.
+      weights: which weights of the checkpoint, see `Pipeline.load`.
+      use_lora: whether a LoRA kept apart is used.
+    """
+
+    checkpoint: Checkpoint
+    config: PipelineConfig
+    overrides: Mapping[str, Any]
+    stories: tuple[Story, ...]
+    frames: int
+    seed: int
+    height: int
+    width: int
+    weights: str = "auto"
+    use_lora: bool = True
+
+    def __post_init__(self) -> None:
+        config = self.config
+        require(self.frames > 0, f"frames={self.frames} must be at least 1")
+        last = self.seed + len(self.stories) - 1
+        require(self.seed >= 0 and last <= MAX_SEED, f"seed={self.seed} must be in [0, {MAX_SEED}]")
+        config.latent_size(self.height, self.width)
+        config.window.cache_frames(self.frames)
+        for story in self.stories:
+            stories_lib.check_schedule(story, frames=self.frames, block_frames=config.window.block_frames)
+
+    @property
+    def video_frames(self) -> int:
+        """Frames of each video."""
+        return self.config.vae.video_frames(self.frames)
+
+    def check_parts(self, *, needs_vae: bool) -> None:
+        """Refuses a checkpoint that lacks what the request needs."""
+        wanted = "transformer" if self.weights == "auto" else self.weights
+        if self.weights == "auto" and "transformer" not in self.checkpoint.parts:
+            wanted = "transformer_ema"
+        for part in [wanted, *(["vae"] if needs_vae else [])]:
+            self.checkpoint.part_file(part)
+
+
+def open_config(path: str, overrides: Mapping[str, Any]) -> tuple[Checkpoint, PipelineConfig]:
+    """Opens a checkpoint (its config.json alone) and resolves its config."""
+    checkpoint = open_checkpoint(path)
+    return checkpoint, configs.override(checkpoint.config, overrides)
+
+
+def default_frames(config: PipelineConfig, *, frames: int | None, seconds: float | None) -> int:
+    """Latent frames from `--frames` or `--seconds`; five seconds where neither is given."""
+    if frames is not None:
+        return frames
+    wanted = 5.0 if seconds is None else seconds
+    require(wanted > 0, f"seconds={seconds} must be positive")
+    return stories_lib.frames_from_seconds(wanted, vae=config.vae, fps=config.video.fps)
+
+
+# --- the sidecar ------------------------------------------------------------------------------------
+
+
+def write_sidecar(
+    path: pathlib.Path, request: Request, index: int, *, video: Mapping[str, Any], timings: Mapping[str, Any]
+) -> None:
+    """Writes what reproduces video `index` of `request`.
+
+    Args:
+      path: the JSON file.
+      request: the request.
+      index: which of its videos.
+      video: facts about the file that was written.
+      timings: seconds and rates; they do not decide anything.
+    """
+    checkpoint = request.checkpoint
+    write_json(
+        path,
+        {
+            "format": SIDECAR,
+            "version": SIDECAR_VERSION,
+            "video": dict(video),
+            "request": {
+                "checkpoint": os.path.abspath(checkpoint.path),
+                "weights": request.weights,
+                "use_lora": request.use_lora,
+                "story": stories_lib.to_dict(request.stories[index]),
+                "frames": request.frames,
+                "seed": request.seed + index,
+                "height": request.height,
+                "width": request.width,
+                "overrides": dict(request.overrides),
+            },
+            "config": configs.to_dict(request.config),
+            "weights": fingerprints(checkpoint),
+            "versions": {"longlive-jax": longlive_jax.__version__, **versions()},
+            "timings": dict(timings),
+        },
+    )
+
+
+def read_sidecar(path: str, *, checkpoint: str | None) -> tuple[Request, list[str]]:
+    """Rebuilds the request that a sidecar records.
+
+    Args:
+      path: the JSON file.
+      checkpoint: a checkpoint directory to use instead of the recorded one.
+
+    Returns:
+      The request, and remarks on what may make the result differ.
+
+    Raises:
+      UserError: the file is no sidecar, or the checkpoint holds other weights.
+    """
+    values = read_json(path)
+    require(
+        values.get("format") == SIDECAR and values.get("version") == SIDECAR_VERSION,
+        f"from={path} is not the JSON file that `longlive generate` leaves beside a video",
+    )
+    try:
+        recorded, config = values["request"], values["config"]
+        overrides = _generation_settings(config)
+        place = checkpoint or recorded["checkpoint"]
+        opened, resolved = open_config(place, overrides)
+        vae, fps = resolved.vae, resolved.video.fps
+        story = stories_lib.from_dict(recorded["story"], vae=vae, fps=fps)
+        request = Request(
+            checkpoint=opened,
+            config=resolved,
+            overrides=overrides,
+            stories=(story,),
+            **{k: recorded[k] for k in ("frames", "seed", "height", "width", "weights", "use_lora")},
+        )
+        remarks = _differences(values, opened, resolved)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"from={path} is damaged: {type(error).__name__} {error}; generate anew") from error
+    if checkpoint is None and remarks:
+        raise UserError(
+            f"{place}: {remarks[0]}, so the video cannot be reproduced; name the right one with --checkpoint"
+        )
+    return request, remarks
+
+
+def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
+    """Content ids of the parts that decide a video."""
+    return {
+        part: checkpoint.fingerprint(part)
+        for part in ("transformer", "transformer_ema", "lora", "text_encoder", "vae")
+        if part in checkpoint.parts
+    }
+
+
+def _generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The recorded generation settings as dotted overrides."""
+    settings: dict[str, Any] = {}
+    for section in _GENERATION:
+        value = config[section]
+        if isinstance(value, Mapping):
+            settings |= {f"{section}.{name}": entry for name, entry in value.items()}
+        else:
+            settings[section] = value
+    return settings
+
+
+def _differences(values: Mapping[str, Any], checkpoint: Checkpoint, config: PipelineConfig) -> list[str]:
+    found = []
+    for part, digest in fingerprints(checkpoint).items():
+        if values["weights"].get(part) != digest:
+            found.append(f"the {part} has other weights than those recorded")
+    if configs.to_dict(config) != values["config"]:
+        found.append("the model has another shape than the one recorded")
+    return found
