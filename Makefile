@@ -41,7 +41,7 @@ test-slow: $(VENV)/.dev
 	$(PYTEST) -m slow
 
 test-gpu: $(VENV)/.dev
-	$(BIN)/python -m pytest -m gpu
+	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -351,7 +351,7 @@ COMPONENTS: Mapping[str, Component] = {
         expected="latents",
         chained=True,
         run=_rollout,
-        about="noise [B, F, C, h, w], renoise [blocks, steps - 1, B, block, C, h, w], text [segments, B, M, D] "
-        "and switch_frames [segments - 1] to latents [B, F, C, h, w]",
+        about="noise [B, F, C, h, w], renoise [blocks, steps - 1, B, block, C, h, w], "
+        "text [segments, B, M, D] and switch_frames [segments - 1] to latents [B, F, C, h, w]",
     ),
 }

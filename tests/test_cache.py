@@ -75,7 +75,7 @@ def test_a_block_always_sees_the_sink_and_the_latest_frames(geometry):
     cache, block = empty(window), window.block_frames
     for first in range(0, 10 * block, block):
         length = int(cache.length[0])
-        seen = {p for p in table(cache)[:length]}
+        seen = set(table(cache)[:length])
         latest = window.window_frames - window.sink_frames - block
         expected = {p for p in range(first) if p < window.sink_frames or p >= first - latest}
         assert seen == expected

@@ -263,9 +263,9 @@ def test_the_compiled_program_never_copies_the_cache(params, rope, scanned):
     """No instruction but the in-place writes makes an array as large as the cache."""
     gen = generator(rope=rope)
     state = begin(gen, params, prompts(2), [1, 2])
-    entry = rollout.rollout.lower(gen, params, state, 4) if scanned else rollout.step.lower(gen, params, state)
+    program = rollout.rollout if scanned else rollout.step
     made = {}
-    for line in entry.compile().as_text().splitlines():
+    for line in program.lower(gen, params, state, *([4] if scanned else [])).compile().as_text().splitlines():
         found = re.match(r"\s*(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
         if found and np.prod([int(n) for n in found[1].split(",")]) >= state.cache.key.size:
             made.setdefault(found[2], []).append(line.strip())

@@ -57,9 +57,8 @@ STREAMS = [
 def test_streamed_passes_and_final_cache(fixture, case, mode):
     """Every pass of every block (each with its own random input), then the cache that is left."""
     recorded, params = load(fixture), params_of(fixture)
-    window_frames, sink, block, blocks, batch, frames = recorded[
-        f"{case}/cfg_local_sink_block_nblocks_batch_kvframes"
-    ].tolist()
+    geometry = recorded[f"{case}/cfg_local_sink_block_nblocks_batch_kvframes"].tolist()
+    window_frames, sink, block, blocks, batch, _ = geometry
     window = WindowConfig(window_frames, sink, block, mode)
     x, t, flow = (recorded[f"{case}/{k}"] for k in ("in", "t", "flow"))
     text = MODEL.apply({"params": params}, recorded[f"{case}/ctx"], method="text_context")
@@ -224,8 +223,8 @@ def test_cache_after_each_recache():
         state = recache(params, state, text, frame)
         index = len(seen)
         name = f"recache_globalsink_true/late/kv_after_switch{index}"
-        at, end, _ = recorded[f"recache_globalsink_true/late/switch{index}_at_frame_globalend_localend"]
-        assert frame == at
+        pointers = recorded[f"recache_globalsink_true/late/switch{index}_at_frame_globalend_localend"]
+        assert frame == pointers[0]
         for slot_position in range(frame):
             slot = int(
                 cache_lib.slot_of(state.cache, jnp.full((1, 1), slot_position), end=state.cache.end)[0, 0]

@@ -8,7 +8,7 @@ import pytest
 from longlive_jax import config as config_lib
 from longlive_jax.convert import keys_transformer
 from longlive_jax.models import layers, rope
-from longlive_jax.models.transformer import Transformer, init_params
+from longlive_jax.models.transformer import Block, Transformer, init_params
 from tests.fixtures import load, weights
 from tests.models._loading import load_tree
 
@@ -85,6 +85,35 @@ def test_intermediate_values_match_the_release(recorded, params):
     expected = recorded["inter/patch_embedding_last_sample"][0]
     expected = expected.transpose(1, 2, 3, 0).reshape(patches.shape)
     np.testing.assert_allclose(patches, expected, **SINGLE)
+
+
+def test_the_parts_of_a_block_match_the_release(recorded, params):
+    """Queries before and after rotation, both attentions and both blocks, one layer at a time."""
+    model = Transformer(TINY)
+    text = jnp.stack([padded(recorded["ctx0"], 16), recorded["ctx1"]])
+    text = model.apply({"params": params}, text, method="text_context")
+    grid = (2, 5, 24)  # [B, F, P]
+    rotation = rope.table(jnp.arange(5), 4, 6, TINY.head_dim)
+    patches = recorded["x"].transpose(0, 2, 3, 4, 1).reshape(2, 5, 4, 2, 6, 2, 16)
+    patches = patches.transpose(0, 1, 2, 4, 3, 5, 6).reshape(*grid, -1)
+    x = patches @ params["patch_embed"]["kernel"] + params["patch_embed"]["bias"]
+    time = recorded["inter/time_projection_flat"].reshape(2, 1, 6, TINY.dim)
+    for layer in range(2):
+        block = Block(TINY, jnp.float32, jnp.float32, "reference")
+        own = {"params": jax.tree.map(lambda a, i=layer: a[i], params["blocks"])}
+        arguments = (x, time, rotation, jax.tree.map(lambda a, i=layer: a[i], text), None)
+        keep = lambda module, name: name in ("__call__", "query", "output")  # noqa: E731
+        (x, _), seen = block.apply(own, *arguments, capture_intermediates=keep, mutable=["intermediates"])
+        np.testing.assert_allclose(x.reshape(2, 120, -1), recorded[f"inter/block{layer}_out"], **SINGLE)
+        if layer == 0:
+            first = seen["intermediates"]
+    query = first["self_attn"]["query"][0]  # [B, F, P, N, H]
+    np.testing.assert_allclose(query.reshape(2, 120, 4, 16), recorded["inter/block0_q_before_rope"], **SINGLE)
+    turned = rope.rotate(query, rotation).reshape(2, 120, 4, 16)
+    np.testing.assert_allclose(turned, recorded["inter/block0_q_after_rope"], **SINGLE)
+    for part in ("self_attn", "cross_attn"):
+        out = first[part]["output"][0].reshape(2, 120, -1)
+        np.testing.assert_allclose(out, recorded[f"inter/block0_{part}_out"], **SINGLE)
 
 
 @pytest.mark.parametrize("head_dim", [12, 16, 128])

@@ -68,3 +68,16 @@ def test_cudnn_is_refused_where_it_cannot_run():
     query = random((1, 4, 2, 8), 0, jnp.bfloat16)
     with pytest.raises(UserError, match="attention='cudnn' cannot run here"):
         windowed_attention(query, query, query, implementation="cudnn")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("length", [0, 4680, 9360, 14040, 3001])
+def test_cudnn_agrees_with_the_reference_at_full_shape(length):
+    query, key, value = (random((1, 4680, 12, 128), i, jnp.bfloat16) for i in range(3))
+    cached = [random((1, 14040, 12, 128), i, jnp.bfloat16) for i in (3, 4)]
+    context = CachedContext(*cached, jnp.asarray([length]))
+    ours, expected = (
+        windowed_attention(query, key, value, context=context, implementation=name)
+        for name in ("cudnn", "reference")
+    )
+    np.testing.assert_allclose(np.asarray(ours, np.float32), np.asarray(expected, np.float32), atol=2e-2)
