@@ -159,7 +159,7 @@ def whole_video():
     return latents, np.asarray(run(small_params(), latents, config=SMALL, method="decode"))
 
 
-@pytest.mark.parametrize("split", [(1, 1, 1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1)])
+@pytest.mark.parametrize("split", [(1, 1, 1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 2), (4, 1)])
 def test_any_split_decodes_to_the_same_bits(split):
     latents, whole = whole_video()
     pieces, _ = stream(small_params(), latents, split, config=SMALL)
@@ -251,15 +251,16 @@ def test_key_table_reads_and_writes_the_same_bits():
         np.testing.assert_array_equal(back, arrays[name])
 
 
+@pytest.mark.parametrize("way", ["stacked", "by_taps", "by_pairs"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_both_convolutions_agree(dtype):
-    frames = jax.random.normal(jax.random.key(0), (2, 5, 3, 5, 6)).astype(dtype)
+def test_all_convolutions_agree(dtype, way):
+    frames = jax.random.normal(jax.random.key(0), (2, 6, 3, 5, 6)).astype(dtype)
     kernel = (jax.random.normal(jax.random.key(1), (3, 3, 3, 6, 4)) / 13).astype(dtype)
-    taps = vae_layers.convolve_by_taps(frames, kernel)
+    found = getattr(vae_layers, f"convolve_{way}")(frames, kernel)
     direct = vae_layers.convolve_directly(frames, kernel)
-    assert (taps.shape, taps.dtype) == (direct.shape, direct.dtype) == ((2, 3, 3, 5, 4), dtype)
+    assert (found.shape, found.dtype) == (direct.shape, direct.dtype) == ((2, 4, 3, 5, 4), dtype)
     bound = 1e-5 if dtype == jnp.float32 else 2e-2
-    np.testing.assert_allclose(taps.astype(jnp.float32), direct.astype(jnp.float32), rtol=bound, atol=bound)
+    np.testing.assert_allclose(found.astype(jnp.float32), direct.astype(jnp.float32), rtol=bound, atol=bound)
 
 
 # --- errors ---------------------------------------------------------------------------------------

@@ -1,15 +1,24 @@
-"""Attention in plain XLA, chunked over queries: the oracle, and the CPU path."""
+"""Attention in plain XLA: the oracle for every other implementation, and the CPU path.
+
+Long calls go through the heads and the queries piece by piece. That bounds the memory, and on a CPU it
+is more than twice as fast: the logits of a piece stay in the cache between the two products
+(`benchmarks/transformer_forward.py`).
+"""
 
 import functools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from longlive_jax.types import Array
 
-MAX_LOGITS = 1 << 25
-"""Most logits (float32) held at once; longer calls go through the queries in chunks."""
+CPU_LOGITS = 1 << 21
+"""Most logits (float32) of one piece on a CPU: about what its last-level cache holds."""
+LOGITS = 1 << 27
+"""Elsewhere: half a gigabyte."""
 
 
 def attend(
@@ -34,54 +43,68 @@ def attend(
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
     """
-    batch, query_len, heads, head_dim = query.shape
-    keys = key.shape[1] + (0 if cached_key is None else cached_key.shape[1])
-    one = functools.partial(
-        _attend_chunk,
-        key=key,
-        value=value,
-        cached_key=cached_key,
-        cached_value=cached_value,
-        cached_len=cached_len,
-    )
-    chunk = max(1, MAX_LOGITS // (batch * heads * keys))
-    if chunk >= query_len:
-        return one(query)
-    chunks = -(-query_len // chunk)
-    chunk = -(-query_len // chunks)
-    padded = jnp.pad(query, ((0, 0), (0, chunks * chunk - query_len), (0, 0), (0, 0)))
-    split = padded.reshape(batch, chunks, chunk, heads, head_dim).swapaxes(0, 1)  # [chunks, B, t, N, H]
-    out = jax.lax.map(jax.checkpoint(one), split).swapaxes(0, 1)
-    return out.reshape(batch, chunks * chunk, heads, head_dim)[:, :query_len]
+    batch, query_len, heads, _ = query.shape
+    row = batch * (key.shape[1] + (0 if cached_key is None else cached_key.shape[1]))
+    budget = CPU_LOGITS if jax.default_backend() == "cpu" else LOGITS
+    group = _largest_divisor(heads, at_most=budget // (row * query_len))
+    chunk = query_len if group else max(1, budget // row)
+
+    def split(x: Array) -> Array:  # [B, T, N, H] to [N / group, group, B, T, H]
+        return x.transpose(2, 0, 1, 3).reshape(-1, group or 1, batch, x.shape[1], x.shape[3])
+
+    def one_group(arrays: tuple[Array, ...]) -> Array:
+        head_query, *rest = arrays
+        run = functools.partial(_attend, context=tuple(rest), cached_len=cached_len)
+        return run(head_query) if chunk == query_len else _by_chunks(run, head_query, chunk)
+
+    present = [x for x in (query, key, value, cached_key, cached_value) if x is not None]
+    out = _map(one_group, tuple(split(x) for x in present))
+    return out.reshape(heads, batch, query_len, -1).transpose(1, 2, 0, 3)
 
 
-def _attend_chunk(
-    query: Array,
-    *,
-    key: Array,
-    value: Array,
-    cached_key: Array | None,
-    cached_value: Array | None,
-    cached_len: Array | None,
-) -> Array:
+def _by_chunks(run: Callable[[Array], Array], query: Array, chunk: int) -> Array:
+    """Applies `run` to `[G, B, T, H]` queries in equal chunks of at most about `chunk`."""
+    query_len = query.shape[2]
+    count = -(-query_len // chunk)
+    chunk = -(-query_len // count)
+    padded = jnp.pad(query, ((0, 0), (0, 0), (0, count * chunk - query_len), (0, 0)))
+    pieces = padded.reshape(*query.shape[:2], count, chunk, -1).transpose(2, 0, 1, 3, 4)
+    out = jax.lax.map(jax.checkpoint(run), pieces).transpose(1, 2, 0, 3, 4)  # [G, B, count, chunk, H]
+    return out.reshape(*query.shape[:2], count * chunk, -1)[:, :, :query_len]
+
+
+def _attend(query: Array, *, context: tuple[Array, ...], cached_len: Array | None) -> Array:
+    """Attention of `[G, B, T, H]` to (key, value) or (key, value, cached_key, cached_value).
+
+    The own keys and the cached ones are two parts under one normaliser: nothing is concatenated, the
+    cache is read where it lies.
+    """
     scale = 1.0 / math.sqrt(query.shape[-1])
-    logits = _dot("btnh,bknh->bntk", query, key) * scale
-    if cached_key is None or cached_value is None or cached_len is None:
-        weights = jax.nn.softmax(logits, axis=-1)
-        return _dot("bntk,bknh->btnh", weights.astype(value.dtype), value).astype(query.dtype)
-    # Two softmax parts over one normaliser: nothing is concatenated, the cache is read where it lies.
-    valid = jnp.arange(cached_key.shape[1]) < cached_len[:, None]  # [B, K']
-    cached_logits = _dot("btnh,bknh->bntk", query, cached_key) * scale
-    cached_logits = jnp.where(valid[:, None, None, :], cached_logits, -jnp.inf)
-    top = jnp.max(logits, axis=-1, keepdims=True)
-    if cached_key.shape[1]:
-        top = jnp.maximum(top, jnp.max(cached_logits, axis=-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
-    own, cached = jnp.exp(logits - top), jnp.exp(cached_logits - top)
-    total = jnp.sum(own, axis=-1) + jnp.sum(cached, axis=-1)  # [B, N, T]
-    out = _dot("bntk,bknh->btnh", own.astype(value.dtype), value)
-    out = out + _dot("bntk,bknh->btnh", cached.astype(value.dtype), cached_value)
-    return (out / total.transpose(0, 2, 1)[..., None]).astype(query.dtype)
+    keys, values = context[::2], context[1::2]
+    logits = [_dot("gbth,gbkh->gbtk", query, key) * scale for key in keys]
+    if cached_len is not None:
+        valid = jnp.arange(keys[1].shape[2]) < cached_len[:, None]  # [B, K']
+        logits[1] = jnp.where(valid[:, None, :], logits[1], -jnp.inf)
+    tops = [jnp.max(part, axis=-1, keepdims=True) for part in logits]
+    top = jax.lax.stop_gradient(functools.reduce(jnp.maximum, tops))
+    weights = [jnp.exp(part - top) for part in logits]
+    total: Any = sum(jnp.sum(part, axis=-1, keepdims=True) for part in weights)
+    out: Any = sum(
+        _dot("gbtk,gbkh->gbth", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)
+    )
+    return (out / total).astype(query.dtype)
+
+
+def _map(run: Callable[[tuple[Array, ...]], Array], arrays: tuple[Array, ...]) -> Array:
+    """`jax.lax.map` that is a plain call where there is only one piece."""
+    if arrays[0].shape[0] == 1:
+        return run(tuple(x[0] for x in arrays))
+    return jax.lax.map(run, arrays)
+
+
+def _largest_divisor(number: int, *, at_most: int) -> int:
+    """The largest divisor of `number` that is at most `at_most`; 0 if there is none."""
+    return max((d for d in range(1, min(number, at_most) + 1) if number % d == 0), default=0)
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
