@@ -1,6 +1,6 @@
 """One transformer forward against diffusers' WanTransformer3DModel on the same tokens and weights.
 
-    python -m benchmarks.transformer_forward
+python -m benchmarks.transformer_forward
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """One VAE decode against diffusers' AutoencoderKLWan with the same weights.
 
-    python -m benchmarks.vae_decode
+python -m benchmarks.vae_decode
 """
 
 import argparse

@@ -27,8 +27,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
+        parser = getattr(parsed, "parser", self)
+        if isinstance(parser.get_default("settings"), tuple):
+            # argparse takes NAME=VALUE words only where they stand together, before any option.
+            words = [word for word in unknown if "=" in word and not word.startswith("-")]
+            parsed.settings = [*parsed.settings, *(setting(word) for word in words)]
+            unknown = [word for word in unknown if word not in words]
         if unknown:
-            parser = getattr(parsed, "parser", self)
             parser.error(f"{unknown[0]} is not known here{parser.suggestion(unknown[0])}")
         return parsed
 
