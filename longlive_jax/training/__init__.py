@@ -1,1 +1,1 @@
-"""Training: losses, the self-forcing rollout and streaming long tuning, as pure functions."""
+"""Training: the losses, as pure functions."""
