@@ -193,11 +193,8 @@ def in_order(cache: KVCache) -> BlockKV:
     sink, ring = jnp.arange(cache.sink_slots), jnp.arange(cache.slots - cache.sink_slots)
     latest = cache.end[:, None] - len(ring) + ring
     slots = slot_of(cache, jnp.concatenate([cache.start[:, None] + sink, latest], axis=1), end=cache.end)
-
-    def gather(buffer: Array) -> Array:
-        return jax.vmap(lambda x, where: x[:, where], in_axes=(1, 0), out_axes=1)(buffer, slots)
-
-    return BlockKV(gather(cache.key), gather(cache.value))
+    where = slots[None, :, :, None, None, None]
+    return BlockKV(*(jnp.take_along_axis(buffer, where, axis=2) for buffer in (cache.key, cache.value)))
 
 
 def place(timeline: BlockKV, frames: BlockKV, at: Array) -> BlockKV:

@@ -2,7 +2,8 @@
 
 What makes a call causal is an argument: `context`, the keys and values of earlier blocks. Without
 it the frames of the call attend to each other and to nothing else, which is the bidirectional model
-(teacher, critic) and equally the first block of a video.
+(teacher, critic) and equally the first block of a video. A `ClipContext` makes all blocks of a clip
+run in one pass, each with its own part of the context: the graded pass of training.
 
 The layers are scanned (stacked parameters), so compile time does not grow with depth. The context
 is read-only; a call returns the keys and values of its own frames, and whoever holds the cache
@@ -24,7 +25,12 @@ from longlive_jax.cache import BlockKV
 from longlive_jax.config import AttentionImplementation, RematPolicy, TransformerConfig
 from longlive_jax.models import rope
 from longlive_jax.models.layers import MLP, LayerNorm, RMSNorm, layer_norm, timestep_embedding
-from longlive_jax.ops.windowed_attention import CachedContext, windowed_attention
+from longlive_jax.ops.windowed_attention import (
+    CachedContext,
+    ClipContext,
+    clip_attention,
+    windowed_attention,
+)
 from longlive_jax.types import Array, Params, PRNGKey, pytree
 
 gelu_tanh = functools.partial(nn.gelu, approximate=True)
@@ -93,7 +99,7 @@ class Block(nn.Module):
         time: Array,
         rotation: rope.RopeTable,
         text: TextContext,
-        context: CachedContext | None,
+        context: CachedContext | ClipContext | None,
     ) -> tuple[Array, BlockKV]:
         """Runs the block over the frames of one call.
 
@@ -102,7 +108,7 @@ class Block(nn.Module):
           time: `[B, F or 1, 6, D]`, the projected timestep.
           rotation: rotary table of the frames.
           text: this layer's cross-attention keys and values, `[B, M, N, H]`.
-          context: this layer's cached keys and values, `[B, K, N, H]`.
+          context: this layer's cached keys and values: `[B, K, N, H]`, or a clip's `[B, A + F, P, N, H]`.
 
         Returns:
           The new `x` and this layer's keys and values, `[B, F, P, N, H]`.
@@ -115,11 +121,14 @@ class Block(nn.Module):
         query = rope.rotate(self.self_attn.query(y), rotation)
         key, value = self.self_attn.key_value(y)
         key = rope.rotate(key, rotation)
-        y = windowed_attention(
-            *(_tokens(a) for a in (query, key, value)),
-            context=context,
-            implementation=self.attention,
-        )
+        if isinstance(context, ClipContext):
+            y = clip_attention(query, key, value, context, implementation=self.attention)
+        else:
+            y = windowed_attention(
+                *(_tokens(a) for a in (query, key, value)),
+                context=context,
+                implementation=self.attention,
+            )
         x = x + self.self_attn.output(y.reshape(query.shape)) * gate1
 
         query = self.cross_attn.query(self.cross_norm(x))
@@ -187,7 +196,7 @@ class Transformer(nn.Module):
         text: TextContext,
         *,
         positions: Array | None = None,
-        context: CachedContext | None = None,
+        context: CachedContext | ClipContext | None = None,
     ) -> tuple[Array, BlockKV]:
         """Runs the transformer over F frames.
 
@@ -196,7 +205,8 @@ class Transformer(nn.Module):
           timesteps: float32 `[B, F]`, or `[B, 1]` for one timestep per video, in [0, 1000].
           text: result of `text_context`.
           positions: int32 `[F]` or `[B, F]` frame positions; default 0..F-1.
-          context: cached keys and values with a leading layer axis, `[L, B, K, N, H]`, length `[B]`.
+          context: cached keys and values with a leading layer axis, `[L, B, K, N, H]`, length `[B]`; or
+            those of a clip whose blocks all run in this call, `[L, B, A + F, P, N, H]`.
 
         Returns:
           velocity float32 `[B, F, h, w, C]`, and the keys and values of the frames (`BlockKV`).
@@ -264,13 +274,19 @@ def _scanned_block(layers: int, remat: RematPolicy) -> Any:
     )
 
 
-def _per_layer(context: CachedContext | None, layers: int) -> CachedContext | None:
-    """Gives the length a layer axis so that the whole context can be scanned."""
-    if context is None:
-        return None
-    return dataclasses.replace(
-        context, length=jnp.broadcast_to(context.length, (layers, *context.length.shape))
-    )
+def _per_layer(
+    context: CachedContext | ClipContext | None, layers: int
+) -> CachedContext | ClipContext | None:
+    """Gives what all layers share a layer axis so that the whole context can be scanned."""
+
+    def repeat(x: Array) -> Array:
+        return jnp.broadcast_to(x, (layers, *x.shape))
+
+    if isinstance(context, CachedContext):
+        return dataclasses.replace(context, length=repeat(context.length))
+    if isinstance(context, ClipContext) and context.through is not None:
+        return dataclasses.replace(context, through=repeat(context.through))
+    return context
 
 
 def _tokens(x: Array) -> Array:
