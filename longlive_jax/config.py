@@ -364,6 +364,21 @@ PRESETS: Mapping[str, PipelineConfig] = {
         video=VideoConfig(height=32, width=48),
         dtype="float32",
     ),
+    # The procedural world: trained on two CPU cores, shipped with the package. float32 is the faster on CPU.
+    "toy": PipelineConfig(
+        name="toy",
+        transformer=TransformerConfig(
+            dim=160, ffn_dim=640, num_heads=4, num_layers=6, freq_dim=128, text_dim=64, text_len=16
+        ),
+        text_encoder=TextEncoderConfig(
+            vocab_size=32, dim=64, attn_dim=64, ffn_dim=128, num_heads=4, num_layers=2, text_len=16
+        ),
+        vae=VAEConfig(
+            dim=8, dim_mult=(1, 2, 4, 8), num_res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16
+        ),
+        video=VideoConfig(height=64, width=64),
+        dtype="float32",
+    ),
 }
 
 

@@ -1,0 +1,42 @@
+"""The toy student before distillation: the teacher's weights, made causal by teacher forcing.
+
+    longlive train configs/toy/causal_init.py
+
+Needs runs/toy/teacher_3/export.
+"""
+
+from longlive_jax.config import preset
+from longlive_jax.training import presets
+from longlive_jax.training.config import (
+    CausalInitTraining,
+    ClipsConfig,
+    EvaluationConfig,
+    FlowConfig,
+    OptimizerConfig,
+    RunConfig,
+)
+
+
+def get_config() -> CausalInitTraining:
+    return CausalInitTraining(
+        model=preset("toy"),
+        run=RunConfig(
+            folder="runs/toy/causal_init", steps=1500, eval_every=500, checkpoint_every=100, export_every=500
+        ),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=100, ema_decay=0.998),
+        data=ClipsConfig(batch_size=8, frames=21, examples=2048),
+        base="runs/toy/teacher_3/export",
+        flow=FlowConfig(causal_share=1.0, past_noise=0.1, encoded_frames=21),
+        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
+    )
+
+
+def smoke(config: CausalInitTraining) -> CausalInitTraining:
+    changes = {
+        "data.batch_size": 8,
+        "data.examples": 8,
+        "data.frames": 6,
+        "flow.encoded_frames": 6,
+        "flow.sample_steps": 2,
+    }
+    return presets.smoke(config, changes)

@@ -1,0 +1,393 @@
+"""Every knob of training, as frozen dataclasses; the model's own knobs are in `longlive_jax.config`.
+
+A stage's config has the sections every stage shares (`Training`) and one section of its own. A config file
+is Python: a module whose `get_config()` returns one of them.
+"""
+
+import dataclasses
+import importlib.util
+import pathlib
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from longlive_jax.config import PipelineConfig, RematPolicy, from_dict, override, to_dict
+from longlive_jax.errors import UserError, require
+from longlive_jax.toy.world import Split
+
+Schedule = Literal["constant", "cosine"]
+Better = Literal["max", "min"]
+
+FREE = (
+    "run.folder",
+    "run.log_every",
+    "run.eval_every",
+    "run.checkpoint_every",
+    "run.keep",
+    "run.export_every",
+    "data.threads",
+    "data.prefetch",
+    "flow.cache_folder",
+    "mesh",
+    "evaluation",
+)
+"""Settings that may change when a run is resumed: they do not change what is learned."""
+
+
+def _at_least(section: str, config: Any, **limits: float) -> None:
+    for name, low in limits.items():
+        value = getattr(config, name)
+        require(value >= low, f"{section}.{name}={value} must be {low:g} or more")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """How long, where, and how often things happen. Counts are optimiser updates.
+
+    Attributes:
+      folder: everything the run writes is in here.
+      steps: updates in all.
+      seed: of the initial weights, the noise and every random choice.
+      log_every: updates between lines of metrics.
+      eval_every: updates between evaluations; 0 evaluates at the end only.
+      checkpoint_every: updates between checkpoints; the last update and a signal make one too.
+      keep: latest checkpoints that are kept; the best one is kept beside them.
+      export_every: updates between exports; 0 exports at the end only.
+      micro_batches: parts a batch is split into, one after the other (gradient accumulation).
+      diverged_factor: the run stops when the loss stays above this many times its recent median.
+    """
+
+    folder: str
+    steps: int
+    seed: int = 0
+    log_every: int = 20
+    eval_every: int = 0
+    checkpoint_every: int = 200
+    keep: int = 2
+    export_every: int = 0
+    micro_batches: int = 1
+    diverged_factor: float = 20.0
+
+    def __post_init__(self) -> None:
+        _at_least("run", self, steps=1, seed=0, log_every=1, eval_every=0, checkpoint_every=1, keep=1)
+        _at_least("run", self, export_every=0, micro_batches=1, diverged_factor=1)
+        require(self.folder != "", "run.folder is empty; name the folder the run writes to")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with clipping, and the moving average of what it makes.
+
+    Attributes:
+      learning_rate: peak.
+      schedule: "constant", or "cosine" down to 1% of the peak at the last update.
+      warmup_steps: updates of linear rise to the peak.
+      betas: decay of the first and second moments.
+      eps: added to the root of the second moment.
+      weight_decay: decoupled; on matrices and convolutions only.
+      clip_norm: the gradient's global norm is cut to this.
+      ema_decay: of the moving average of the parameters; 0 keeps none.
+      ema_start: updates before the average begins (until then it is the parameters).
+    """
+
+    learning_rate: float
+    schedule: Schedule = "cosine"
+    warmup_steps: int = 0
+    betas: tuple[float, float] = (0.9, 0.99)
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0
+    ema_start: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("optimizer", self, warmup_steps=0, weight_decay=0, ema_start=0)
+        require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
+        require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
+        require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
+        require(0 <= self.ema_decay < 1, f"optimizer.ema_decay={self.ema_decay} must be in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How the devices are arranged; -1 takes what the other axis leaves.
+
+    Attributes:
+      data: ways the batch alone is split.
+      fsdp: ways the batch, the parameters and the optimiser state are split.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipsConfig:
+    """Which clips of the toy world, in which order.
+
+    Attributes:
+      batch_size: clips per update over all processes.
+      frames: latent frames F per clip.
+      examples: distinct clips; the order is shuffled anew in every pass over them.
+      seed: names the clips and their order.
+      split: combinations of attributes to draw from.
+      threads: threads that make batches.
+      prefetch: batches kept ready.
+    """
+
+    batch_size: int
+    frames: int
+    examples: int = 1 << 20
+    seed: int = 0
+    split: Split = "train"
+    threads: int = 1
+    prefetch: int = 4
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, batch_size=1, frames=1, threads=1, prefetch=1, seed=0)
+        require(
+            self.examples >= self.batch_size,
+            f"data.examples={self.examples} must be at least batch_size={self.batch_size}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured on combinations that training never shows.
+
+    Attributes:
+      clips: how many clips.
+      frames: latent frames of each.
+      batch_size: clips made at once.
+      seed: names the clips.
+      metric: the number that decides which checkpoint is best.
+      better: whether more or less of it is better.
+    """
+
+    clips: int = 32
+    frames: int = 21
+    batch_size: int = 8
+    seed: int = 1
+    metric: str = "loss"
+    better: Better = "min"
+
+    def __post_init__(self) -> None:
+        _at_least("evaluation", self, clips=1, frames=1, batch_size=1, seed=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """What every stage has.
+
+    Attributes:
+      model: the whole model; a stage trains one part of it.
+      run: how long, where, how often.
+      optimizer: of the part that is trained.
+      data: what it sees.
+      base: checkpoint directory with the parts this stage needs; its other parts go into the export.
+      mesh: arrangement of the devices.
+      evaluation: what is measured on the way.
+      remat: what the backward pass recomputes.
+    """
+
+    model: PipelineConfig
+    run: RunConfig
+    optimizer: OptimizerConfig
+    data: ClipsConfig
+    base: str = ""
+    mesh: MeshConfig = MeshConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    remat: RematPolicy = "none"
+
+    def __post_init__(self) -> None:
+        require(
+            self.data.batch_size % self.run.micro_batches == 0,
+            f"data.batch_size={self.data.batch_size} must be a multiple of run.micro_batches="
+            f"{self.run.micro_batches}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class VAELoss:
+    """What the autoencoder is asked for.
+
+    Attributes:
+      sprite_weight: weight of a pixel the sprite covers or touches, against 1 for the background.
+      latent_noise: deviation of the noise that is added to (not yet normalised) latents before decoding.
+      latent_weight: weight of the latents' mean square. With the noise this is the KL divergence of a
+        posterior of fixed width from a standard normal.
+      statistics_clips: clips from which the latents' mean and deviation are measured.
+    """
+
+    sprite_weight: float = 4.0
+    latent_noise: float = 0.1
+    latent_weight: float = 1e-3
+    statistics_clips: int = 256
+
+    def __post_init__(self) -> None:
+        _at_least("vae", self, sprite_weight=0, latent_noise=0, latent_weight=0, statistics_clips=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAETraining(Training):
+    """Stage `vae`: the causal video autoencoder, on rendered clips."""
+
+    vae: VAELoss = VAELoss()
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTraining(Training):
+    """Stage `text`: the text encoder, by naming the attributes a caption describes."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowConfig:
+    """Flow matching on encoded clips.
+
+    Attributes:
+      shift: timestep shift of the noise levels that are drawn, and of the evaluation's samples.
+      text_dropout: share of clips that are trained without a prompt, for guidance.
+      causal_share: share of every batch that is trained block by block after a clean past; the others
+        see all frames at one noise level.
+      past_noise: largest noise level of that past; a little makes the model forgive its own errors.
+      sample_steps: Euler steps of the evaluation's samples.
+      guidance: scale of their guidance; 1 is none.
+      encoded_frames: latent frames that are encoded per clip, of which the first `data.frames` are used, so
+        that stages with clips of different lengths share them; 0 encodes what is used.
+      cache_folder: where encoded clips are kept; "" puts them beside the run's folder.
+    """
+
+    shift: float = 3.0
+    text_dropout: float = 0.1
+    causal_share: float = 0.0
+    past_noise: float = 0.0
+    sample_steps: int = 20
+    guidance: float = 1.0
+    encoded_frames: int = 0
+    cache_folder: str = ""
+
+    def __post_init__(self) -> None:
+        require(self.shift > 0, f"flow.shift={self.shift} must be positive")
+        for name in ("text_dropout", "causal_share", "past_noise"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"flow.{name}={value} must be in [0, 1]")
+        _at_least("flow", self, sample_steps=1, guidance=0, encoded_frames=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class FlowTraining(Training):
+    """What the stages that learn from encoded clips share."""
+
+    flow: FlowConfig = FlowConfig()
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        causal = self.data.batch_size * self.flow.causal_share / self.run.micro_batches
+        require(
+            causal == int(causal),
+            f"flow.causal_share={self.flow.causal_share} of data.batch_size={self.data.batch_size} in "
+            f"run.micro_batches={self.run.micro_batches} parts must be a whole number of clips",
+        )
+        require(
+            self.flow.encoded_frames in (0, max(self.flow.encoded_frames, self.data.frames)),
+            f"flow.encoded_frames={self.flow.encoded_frames} must be 0 or at least data.frames="
+            f"{self.data.frames}",
+        )
+        block = self.model.window.block_frames
+        require(
+            causal == 0 or self.data.frames % block == 0,
+            f"data.frames={self.data.frames} must be a multiple of model.window.block_frames={block}",
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class TeacherTraining(FlowTraining):
+    """Stage `teacher`: the bidirectional model, by flow matching on the VAE's latents."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalInitTraining(FlowTraining):
+    """Stage `causal_init`: the block-causal student, from the teacher's weights."""
+
+    flow: FlowConfig = FlowConfig(causal_share=1.0)
+
+
+STAGES: Mapping[str, type[Training]] = {
+    "vae": VAETraining,
+    "text": TextTraining,
+    "teacher": TeacherTraining,
+    "causal_init": CausalInitTraining,
+}
+"""Stage name to the type of its config, in the order of the recipe."""
+
+
+def stage_of(config: Training) -> str:
+    """The name of the stage a config is for."""
+    return next(name for name, cls in STAGES.items() if type(config) is cls)
+
+
+def load_config(path: str | pathlib.Path, changes: Mapping[str, Any] | None = None) -> Training:
+    """Reads a config file and applies dotted overrides.
+
+    Args:
+      path: a Python file that defines `get_config()`.
+      changes: dotted names to values. The name `smoke` (true) shrinks the run to a few tiny steps with
+        the file's `smoke(config)` before the other changes are made.
+
+    Raises:
+      UserError: the file, what it returns or a change is not usable.
+    """
+    path, changes = pathlib.Path(path), dict(changes or {})
+    require(
+        path.is_file() and path.suffix == ".py", f"config={path} is no Python file; try configs/toy/vae.py"
+    )
+    spec = importlib.util.spec_from_file_location(f"longlive_config_{path.stem}", path)
+    assert spec is not None, path  # the suffix is .py
+    assert spec.loader is not None, path
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"config={path} cannot be read ({type(error).__name__}: {error})") from error
+    require(hasattr(module, "get_config"), f"config={path} has no get_config()")
+    config = module.get_config()
+    require(
+        isinstance(config, Training),
+        f"config={path}: get_config() must return a config of longlive_jax.training",
+    )
+    smoke = str(changes.pop("smoke", "false")).lower()
+    require(smoke in ("true", "false"), f"smoke={smoke!r} must be true or false")
+    if smoke == "true":
+        require(hasattr(module, "smoke"), f"config={path} has no smoke(config) that shrinks it")
+        config = module.smoke(config)
+    return override(config, changes)
+
+
+def to_json(config: Training) -> dict[str, Any]:
+    """A JSON-ready copy that `from_json` reads."""
+    return {"stage": stage_of(config), "settings": to_dict(config)}
+
+
+def from_json(values: Mapping[str, Any]) -> Training:
+    """The inverse of `to_json`."""
+    stage = values.get("stage")
+    require(stage in STAGES, f"stage={stage!r} is not one of {', '.join(STAGES)}")
+    return from_dict(STAGES[str(stage)], values["settings"])
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Dotted names of the settings in which two `to_json` results differ, but for the `FREE` ones."""
+    if old.get("stage") != new.get("stage"):
+        return ["stage"]
+    a, b = _leaves(old["settings"]), _leaves(new["settings"])
+    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
+    return [name for name in names if not any(name == f or name.startswith(f"{f}.") for f in FREE)]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        found.update(_leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
+    return found

@@ -1,0 +1,73 @@
+"""From a training run to a checkpoint directory that `longlive generate` reads."""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+
+from longlive_jax import checkpoint
+from longlive_jax.checkpoint import Checkpoint
+from longlive_jax.config import PipelineConfig
+from longlive_jax.training.config import Training, stage_of
+from longlive_jax.types import Params
+
+FOLDER = "export"
+
+
+def export(
+    config: Training,
+    parts: Mapping[str, Params],
+    *,
+    model: PipelineConfig | None = None,
+    tokenizer: pathlib.Path | None = None,
+) -> pathlib.Path:
+    """Writes `<run.folder>/export`: the base's parts, with the trained ones in their place.
+
+    Args:
+      config: of the stage.
+      parts: what it trained, by part name.
+      model: the model's config, where training has completed it; default the stage's.
+      tokenizer: a tokenizer.json; default the base's.
+
+    Returns:
+      The checkpoint directory; None of it is visible before it is complete. Only the first process
+      writes.
+    """
+    path = pathlib.Path(config.run.folder) / FOLDER
+    host = {name: _to_host(tree) for name, tree in parts.items()}
+    if jax.process_index() != 0:
+        return path
+    base = checkpoint.open_checkpoint(config.base) if config.base else None
+    source = {
+        "stage": stage_of(config),
+        "seed": config.run.seed,
+        "steps": config.run.steps,
+        "base": config.base,
+    }
+    with checkpoint.create(path, model or config.model, source=source, overwrite=True) as writer:
+        for name in checkpoint.PARTS:
+            if name in host:
+                writer.add_tree(name, host[name])
+            elif base is not None and name in base.parts:
+                info = base.parts[name]
+                writer.add_tree(name, base.load(name), alpha=info.alpha, rank=info.rank)
+        if tokenizer is not None:
+            writer.add_tokenizer(tokenizer)
+        elif base is not None and base.has_tokenizer:
+            writer.add_tokenizer(base.tokenizer_path)
+    return path
+
+
+def base_model(config: Training, base: Checkpoint) -> PipelineConfig:
+    """The stage's model with what only training could know: the base's latent statistics."""
+    return dataclasses.replace(config.model, vae=base.config.vae)
+
+
+def _to_host(tree: Params) -> Params:
+    from jax.experimental import multihost_utils
+
+    if jax.process_count() == 1:
+        return jax.tree.map(np.asarray, tree)
+    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)

@@ -1,0 +1,332 @@
+"""The shared part of every stage's loop: start or resume, count steps, look after what can go wrong.
+
+    with Session(config, resume=..., ) as session:
+        state = session.start(state, data)
+        for step in session.steps():
+            state, metrics = train_step(state, next(data))
+            session.after(step, state, metrics, frames=...)
+            if session.is_evaluation_due(step):
+                session.evaluated(step, evaluate(state))
+        session.finish(...)
+
+A signal (Ctrl-C, SIGTERM) ends the loop after the step under way, with a checkpoint. A loss that is not a
+number, or stays far above what it was, ends it without one: the last good checkpoint stays.
+"""
+
+import collections
+import contextlib
+import pathlib
+import signal
+import statistics
+import threading
+import time
+import types
+from collections.abc import Iterator, Mapping
+from typing import Any, Literal, TypeVar
+
+import jax
+import numpy as np
+
+from longlive_jax import sharding, storage
+from longlive_jax.checkpoint import open_checkpoint
+from longlive_jax.errors import UserError, require
+from longlive_jax.training import metrics as metrics_lib
+from longlive_jax.training.checkpoint import Checkpoints, has_checkpoints
+from longlive_jax.training.config import Training, to_json
+
+CONFIG_FILE = "config.json"
+
+Resume = Literal["never", "auto"]
+"""Whether a run that its folder already holds is continued, or refused."""
+
+_SIGNAL_EVERY = 10  # steps between the votes of several processes
+
+HISTORY_STEPS = 200
+"""Steps the usual loss is the median of; a loss is not judged before there are as many."""
+
+DIVERGED_STEPS = 50
+"""Steps in a row after which a loss that is too high ends the run."""
+
+T = TypeVar("T")
+
+
+class Interrupted(Exception):  # noqa: N818  (it is no error)
+    """A signal ended the run after it was saved.
+
+    Attributes:
+      status: exit status, 128 + the signal's number.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name}; --resume auto goes on from here")
+        self.status = 128 + number
+
+
+class TrainingError(Exception):
+    """The loss is no number, or diverged; the last good checkpoint is kept."""
+
+
+class Session:
+    """One run of one stage.
+
+    Args:
+      config: the stage's config.
+      resume: "auto" continues a run the folder holds; "never" refuses it.
+      is_quiet: no progress on standard error.
+
+    Attributes:
+      flops: model operations per step over all devices; set by a stage that knows them.
+    """
+
+    def __init__(self, config: Training, *, resume: Resume = "never", is_quiet: bool = False) -> None:
+        self.config = config
+        self.flops: float | None = None
+        self._resume, self._is_quiet = resume, is_quiet
+        self._folder = pathlib.Path(config.run.folder)
+        self._stack = contextlib.ExitStack()
+        self._signal = _Signal()
+        self._watch = _Watch(config.run.diverged_factor)
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._scores: dict[str, float] = {}
+        self._first = self._done = 0
+        self._started = time.monotonic()
+
+    def __enter__(self) -> "Session":
+        exists = has_checkpoints(self._folder)
+        require(
+            not exists or self._resume == "auto",
+            f"run.folder={self._folder} already holds a run; continue it with --resume auto, or name another",
+        )
+        self.compiles = self._stack.enter_context(metrics_lib.CompileCounter())
+        self.checkpoints = self._stack.enter_context(Checkpoints(self.config))
+        if exists and self.checkpoints.latest is not None:
+            self.checkpoints.check(self.checkpoints.latest)
+        elif jax.process_index() == 0:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            storage.write_json(self._folder / CONFIG_FILE, to_json(self.config))
+        self._stack.enter_context(self._signal)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+
+    # --- the loop -----------------------------------------------------------------------------------
+
+    def start(self, state: T, data: Any) -> T:
+        """Returns the state to begin with: the newest checkpoint's, or `state` as it is.
+
+        Args:
+          state: a fresh state, already where it belongs.
+          data: the iterator; moved to where the checkpoint left it.
+        """
+        if self.checkpoints.latest is not None:
+            self._first = self.checkpoints.latest
+            state = self.checkpoints.restore(state, data)
+        self._done = self._first
+        self.log = metrics_lib.Log(
+            self._folder, first_step=self._first, steps=self.config.run.steps, is_quiet=self._is_quiet
+        )
+        self._stack.callback(self.log.close)
+        if self._first:
+            self.log.note(f"resumed at step {self._first} of {self.config.run.steps}")
+        self._data = data
+        return state
+
+    def steps(self) -> Iterator[int]:
+        """Numbers of the steps to make, 1 for the first.
+
+        Raises:
+          Interrupted: a signal came; the state of the last step has been saved.
+          TrainingError: see the class.
+        """
+        for step in range(self._first + 1, self.config.run.steps + 1):
+            yield step
+            number = self._signal_number(step)
+            if number:
+                self._flush()
+                self._save()
+                self.checkpoints.wait()
+                raise Interrupted(number)
+        self._flush()
+
+    def after(self, step: int, state: Any, metrics: Mapping[str, Any], *, frames: int) -> None:
+        """Logs and saves after a step.
+
+        The metrics are read one step late, so that the device is never waited for.
+
+        Args:
+          step: its number.
+          state: the state after it.
+          metrics: device scalars; "loss" and "grad_norm" are watched.
+          frames: video frames the step saw, over all processes.
+        """
+        self._flush()
+        self._pending, self._state, self._done = (step, metrics), state, step
+        self.log.tick(step, frames)
+        if step % self.config.run.checkpoint_every == 0 and not self.is_evaluation_due(step):
+            self._flush()
+            self._save()
+
+    def is_evaluation_due(self, step: int) -> bool:
+        """Whether the state after this step should be evaluated."""
+        every, last = self.config.run.eval_every, self.config.run.steps
+        return step == last or (every > 0 and step % every == 0)
+
+    def is_export_due(self, step: int) -> bool:
+        """Whether the state after this step should be exported."""
+        every, last = self.config.run.export_every, self.config.run.steps
+        return step == last or (every > 0 and step % every == 0)
+
+    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
+        """Logs the results of an evaluation and saves the state with them."""
+        self._flush()
+        self._scores = dict(scores)
+        self.log.scalars(step, {f"eval/{name}": value for name, value in scores.items()})
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        self.log.note(f"step {step}: {shown}")
+        known = {**self.log.latest, **scores}
+        self._save({self.config.evaluation.metric: known[self.config.evaluation.metric], **scores})
+
+    def finish(self, **values: Any) -> dict[str, Any]:
+        """Writes the report of a finished run and returns it."""
+        self.checkpoints.wait()
+        report = {
+            **to_json(self.config),
+            "steps": self._done,
+            "resumed_at": self._first,
+            "seconds": time.monotonic() - self._started,
+            "seconds_per_step": self.log.step_seconds,
+            "compilations": self.compiles.count,
+            "compile_seconds": self.compiles.seconds,
+            "metrics": self.log.latest,
+            "scores": self._scores,
+            "best_step": self.checkpoints.best,
+            "environment": metrics_lib.environment(),
+            **values,
+        }
+        self.log.report(report)
+        return report
+
+    # --- inside -------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Reads, checks and logs the metrics of the step before."""
+        if self._pending is None:
+            return
+        (step, values), self._pending = self._pending, None
+        run = self.config.run
+        numbers = metrics_lib.as_floats(values)
+        problem = self._watch.problem(numbers)
+        if problem:
+            kept = self.checkpoints.latest
+            raise TrainingError(
+                f"step {step}: {problem}; "
+                + (
+                    f"the checkpoint of step {kept} is the last good state"
+                    if kept
+                    else "nothing was saved yet"
+                )
+                + "; a lower optimizer.learning_rate or optimizer.clip_norm may help"
+            )
+        if step % run.log_every == 0 or step == run.steps:
+            self.log.scalars(step, numbers | {"compilations": self.compiles.count}, flops=self.flops)
+
+    def _save(self, scores: Mapping[str, float] | None = None) -> None:
+        if self._watch.is_high:  # it may be diverging: the checkpoint there is shall stay the newest
+            return
+        self.checkpoints.save(self._done, self._state, self._data, scores)
+
+    def _signal_number(self, step: int) -> int:
+        """The signal that ends the run now, 0 for none; all processes agree, as all of them save."""
+        own = self._signal.number or 0
+        if jax.process_count() == 1:
+            return own
+        if step % _SIGNAL_EVERY:
+            return 0
+        from jax.experimental import multihost_utils
+
+        return int(multihost_utils.process_allgather(np.int32(own)).max())
+
+
+class _Signal:
+    """Remembers the first SIGINT or SIGTERM instead of being cut off by it."""
+
+    def __init__(self) -> None:
+        self.number: int | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "_Signal":
+        # Python delivers signals to the main thread only, and lets no other thread ask for them.
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: types.FrameType | None) -> None:
+        if self.number is not None:  # the second one does not wait
+            raise KeyboardInterrupt
+        self.number = number
+
+
+class _Watch:
+    """Notices a loss that is no number, or has left where it was."""
+
+    def __init__(self, factor: float) -> None:
+        self._factor, self._high = factor, 0
+        self._recent: collections.deque[float] = collections.deque(maxlen=HISTORY_STEPS)
+
+    @property
+    def is_high(self) -> bool:
+        """Whether the latest loss was far above the usual."""
+        return self._high > 0
+
+    def problem(self, values: Mapping[str, float]) -> str | None:
+        """What is wrong with a step's numbers; None if nothing is."""
+        if not metrics_lib.is_finite(values):
+            bad = [
+                f"{name} {value}"
+                for name, value in values.items()
+                if not metrics_lib.is_finite({name: value})
+            ]
+            return f"the training produced numbers that are not finite ({', '.join(bad)})"
+        loss = values.get("loss")
+        if loss is None:
+            return None
+        usual = statistics.median(self._recent) if len(self._recent) == self._recent.maxlen else None
+        if usual is not None and loss > self._factor * abs(usual):
+            self._high += 1
+            if self._high >= DIVERGED_STEPS:
+                return f"the loss diverged ({loss:.4g} for {self._high} steps, {usual:.4g} before)"
+            return None
+        self._high = 0
+        self._recent.append(loss)
+        return None
+
+
+def make_mesh(config: Training) -> jax.sharding.Mesh:
+    """The mesh of a config.
+
+    Raises:
+      UserError: it does not fit the devices, or they do not divide the batch.
+    """
+    mesh = sharding.make_mesh(data=config.mesh.data, fsdp=config.mesh.fsdp)
+    parts = mesh.size * config.run.micro_batches
+    require(
+        config.data.batch_size % parts == 0,
+        f"data.batch_size={config.data.batch_size} must be a multiple of {parts}: {mesh.size} devices times "
+        f"run.micro_batches={config.run.micro_batches}",
+    )
+    return mesh
+
+
+def check_base(config: Training, *parts: str) -> None:
+    """Refuses a config whose `base` does not hold the parts the stage needs."""
+    if not config.base:
+        raise UserError(f"base is empty; name the checkpoint directory that holds {', '.join(parts)}")
+    opened = open_checkpoint(config.base)
+    missing = [part for part in parts if part not in opened.parts]
+    require(not missing, f"base={config.base} has no {', '.join(missing)}; train or convert it first")

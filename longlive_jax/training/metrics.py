@@ -1,0 +1,269 @@
+"""What a run says about itself: lines of metrics, tensorboard scalars, a progress bar and a final report.
+
+    <folder>/metrics.jsonl    one line per logged step, in full precision
+    <folder>/tensorboard/     the same for TensorBoard
+    <folder>/report.json      settings, versions, numbers of compilations, timings and results
+
+Only the first process writes.
+"""
+
+import collections
+import importlib.metadata
+import json
+import math
+import pathlib
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from longlive_jax import storage
+
+METRICS_FILE = "metrics.jsonl"
+REPORT_FILE = "report.json"
+
+_LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+PEAK_FLOPS: Mapping[str, float] = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+"""Dense bfloat16 operations per second, by the beginning of the device's name (vendors' data sheets)."""
+
+
+class CompileCounter:
+    """Counts the programs XLA compiles in this process, and the seconds that takes."""
+
+    def __init__(self) -> None:
+        self.count, self.seconds = 0, 0.0
+
+    def __enter__(self) -> "CompileCounter":
+        jax.monitoring.register_event_duration_secs_listener(self._listen)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        jax.monitoring.unregister_event_duration_listener(self._listen)
+
+    def _listen(self, event: str, duration_secs: float, **unused: Any) -> None:
+        if event == _COMPILE_EVENT:
+            self.count += 1
+            self.seconds += duration_secs
+
+
+class Log:
+    """Metrics of one run.
+
+    Args:
+      folder: the run's folder.
+      first_step: step the run starts or resumes at; what was logged beyond it is dropped.
+      steps: steps of the whole run.
+      is_quiet: no progress on standard error.
+    """
+
+    def __init__(self, folder: pathlib.Path, *, first_step: int, steps: int, is_quiet: bool = False) -> None:
+        self._folder, self._steps = folder, steps
+        self._writes = jax.process_index() == 0
+        self._progress = _Progress(steps, is_quiet=is_quiet or not self._writes)
+        self._rate = _Rate(first_step)
+        self._latest: dict[str, float] = {}
+        if self._writes:
+            import tensorboardX  # half a second that help and tests of other parts need not pay
+
+            folder.mkdir(parents=True, exist_ok=True)
+            _truncate(folder / METRICS_FILE, first_step)
+            self._lines = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
+
+    def close(self) -> None:
+        """Finishes the files."""
+        self._progress.close()
+        if self._writes:
+            self._lines.close()
+            self._board.close()
+
+    @property
+    def latest(self) -> dict[str, float]:
+        """The newest value of every metric."""
+        return dict(self._latest)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Median seconds per step; None before there is one."""
+        return self._rate.seconds
+
+    def tick(self, step: int, frames: int) -> None:
+        """Counts one step that saw `frames` video frames (over all processes)."""
+        self._rate.tick(step, frames)
+        self._progress.show(step, self._latest, self._rate)
+
+    def scalars(self, step: int, values: Mapping[str, float], *, flops: float | None = None) -> None:
+        """Writes one line of metrics.
+
+        Args:
+          step: steps made.
+          values: by name.
+          flops: model operations per step over all devices, for the utilisation.
+        """
+        values = dict(values) | self._rate.metrics(flops)
+        self._latest |= values
+        if self._writes:
+            print(json.dumps({"step": step, **values}), file=self._lines, flush=True)
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def video(self, name: str, step: int, video: np.ndarray, fps: int) -> None:
+        """Adds a clip uint8 `[V, Y, X, 3]` to TensorBoard."""
+        if self._writes:
+            self._board.add_video(name, video.transpose(0, 3, 1, 2)[None], step, fps=fps)
+
+    def note(self, text: str) -> None:
+        """Says something beside the progress bar."""
+        self._progress.note(text)
+
+    def report(self, values: Mapping[str, Any]) -> None:
+        """Writes the final report."""
+        if self._writes:
+            storage.write_json(self._folder / REPORT_FILE, values)
+
+
+def environment() -> dict[str, Any]:
+    """Versions and devices, for a report."""
+    devices = jax.devices()
+    return {
+        "python": platform.python_version(),
+        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "processes": jax.process_count(),
+        **{
+            name: importlib.metadata.version(name)
+            for name in ("longlive-jax", *_PACKAGES)
+            if _installed(name)
+        },
+    }
+
+
+def _installed(name: str) -> bool:
+    try:
+        importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def peak_flops() -> float | None:
+    """Peak operations per second of all devices together, where it is known."""
+    devices = jax.devices()
+    found = [peak for name, peak in PEAK_FLOPS.items() if devices[0].device_kind.startswith(name)]
+    return found[0] * len(devices) if found else None
+
+
+class _Rate:
+    """Median seconds per step over the latest steps, the first of a run (which compiles) left out."""
+
+    def __init__(self, first_step: int) -> None:
+        self._last: tuple[int, float] | None = None
+        self._first = first_step
+        self._seconds: collections.deque[float] = collections.deque(maxlen=64)
+        self._frames = 0
+
+    def tick(self, step: int, frames: int) -> None:
+        now = time.monotonic()
+        if self._last is not None and step == self._last[0] + 1:
+            self._seconds.append(now - self._last[1])
+        self._last, self._frames = (step, now), frames
+
+    @property
+    def seconds(self) -> float | None:
+        return statistics.median(self._seconds) if self._seconds else None
+
+    def metrics(self, flops: float | None) -> dict[str, float]:
+        if self.seconds is None:
+            return {}
+        values = {"seconds_per_step": self.seconds, "frames_per_second": self._frames / self.seconds}
+        peak = peak_flops()
+        if flops is not None and peak is not None:
+            values["utilisation"] = flops / self.seconds / peak
+        return values
+
+
+class _Progress:
+    """A bar on a terminal, a line now and then in a log."""
+
+    def __init__(self, steps: int, *, is_quiet: bool) -> None:
+        self._steps, self._is_quiet = steps, is_quiet
+        self._last_line = 0.0
+        self._bar: Any = None
+        if not is_quiet and sys.stderr.isatty():
+            import rich.console
+            import rich.progress as rp
+
+            columns = (rp.TextColumn("{task.completed}/{task.total}"), rp.BarColumn())
+            detail = rp.TextColumn("{task.description}", markup=False)
+            self._bar = rp.Progress(*columns, detail, console=rich.console.Console(stderr=True))
+            self._task = self._bar.add_task("compiling", total=steps)
+            self._bar.start()
+
+    def show(self, step: int, latest: Mapping[str, float], rate: _Rate) -> None:
+        if self._is_quiet:
+            return
+        seconds = rate.seconds
+        parts = [f"loss {latest['loss']:.4g}"] if "loss" in latest else []
+        if seconds is not None:
+            minutes, rest = divmod(round((self._steps - step) * seconds), 60)
+            parts += [f"{seconds:.3g} s/step", f"{minutes}:{rest:02d} left"]
+        text = "  ".join(parts)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, description=text)
+        elif time.monotonic() - self._last_line >= _LINE_EVERY:
+            self._last_line = time.monotonic()
+            print(f"{step}/{self._steps}  {text}", file=sys.stderr, flush=True)
+
+    def note(self, text: str) -> None:
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif not self._is_quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+def _truncate(file: pathlib.Path, step: int) -> None:
+    """Drops the lines beyond `step`: they are computed again (the last may be cut off, too)."""
+    if not file.exists():
+        return
+    kept = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except json.JSONDecodeError:
+            continue
+        if entry["step"] <= step:
+            kept.append(line)
+    temporary = file.with_suffix(".part")
+    temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+    temporary.replace(file)
+
+
+def as_floats(values: Mapping[str, Any]) -> dict[str, float]:
+    """Device scalars as Python floats (nan and inf included)."""
+    return {name: float(value) for name, value in jax.device_get(dict(values)).items()}
+
+
+def is_finite(values: Mapping[str, float]) -> bool:
+    """Whether loss and gradient norms are numbers."""
+    return all(math.isfinite(v) for name, v in values.items() if name == "loss" or "grad_norm" in name)
+
+
+def say(text: str) -> None:
+    """Tells the person at the terminal, once, whatever the number of processes."""
+    if jax.process_index() == 0:
+        print(text, file=sys.stderr, flush=True)

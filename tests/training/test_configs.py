@@ -1,0 +1,113 @@
+"""Config files: snapshots of what they resolve to, overrides, and the errors a user would see."""
+
+import itertools
+import json
+import os
+import pathlib
+
+import pytest
+
+from longlive_jax.errors import UserError
+from longlive_jax.training.config import differing, from_json, load_config, to_json
+
+ROOT = pathlib.Path(__file__).parents[2]
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+FILES = sorted((ROOT / "configs/toy").glob("*.py"))
+RECIPE = ("vae_images", "vae", "text", "teacher_1", "teacher_2", "teacher_3", "causal_init")
+
+
+def config_file(name: str) -> pathlib.Path:
+    return ROOT / f"configs/toy/{name}.py"
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_resolved_config_is_the_recorded_one(file):
+    """Refresh on purpose: REFRESH_GOLDEN=1 pytest tests/training/test_configs.py"""
+    golden = GOLDEN / f"{file.stem}.json"
+    resolved = json.dumps(to_json(load_config(file)), indent=1) + "\n"
+    if os.environ.get("REFRESH_GOLDEN"):
+        golden.parent.mkdir(exist_ok=True)
+        golden.write_text(resolved)
+    assert resolved == golden.read_text()
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_every_config_shrinks_and_survives_json(file):
+    config = load_config(file, {"smoke": "true"})
+    assert config.run.steps == 2
+    assert config.run.folder.startswith("runs/smoke/")
+    assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_docstring_has_the_launch_line(file):
+    assert f"longlive train {file.relative_to(ROOT)}" in file.read_text()
+
+
+@pytest.mark.parametrize(("before", "after"), list(itertools.pairwise(RECIPE)))
+def test_every_stage_begins_with_the_one_before(before, after):
+    assert load_config(config_file(after)).base == f"{load_config(config_file(before)).run.folder}/export"
+
+
+def test_overrides_are_typed():
+    config = load_config(config_file("vae"), {"run.steps": "7", "optimizer.betas": "0.5,0.6"})
+    assert config.run.steps == 7
+    assert config.optimizer.betas == (0.5, 0.6)
+
+
+def test_changes_come_after_smoke():
+    assert load_config(config_file("vae"), {"run.steps": "5", "smoke": "true"}).run.steps == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("vae", {"run.step": "7"}, "'step' is not a setting"),
+        ("vae", {"run.steps": "many"}, "run.steps='many' must be of type int"),
+        ("vae", {"run.steps": "0"}, "run.steps=0 must be 1 or more"),
+        ("vae", {"optimizer.learning_rate": "0"}, "must be positive"),
+        ("vae", {"optimizer.betas": "0.9,1"}, r"must be in \[0, 1\)"),
+        ("vae", {"run.micro_batches": "3"}, "must be a multiple of run.micro_batches=3"),
+        ("vae", {"smoke": "maybe"}, "must be true or false"),
+        ("teacher_1", {"flow.text_dropout": "2"}, r"flow.text_dropout=2.0 must be in \[0, 1\]"),
+        ("teacher_1", {"flow.causal_share": "0.01"}, "whole number of clips"),
+        ("causal_init", {"data.frames": "10"}, "multiple of model.window.block_frames=3"),
+        ("teacher_2", {"data.frames": "24"}, "at least data.frames=24"),
+    ],
+)
+def test_wrong_settings_are_refused(name, changes, message):
+    with pytest.raises(UserError, match=message):
+        load_config(config_file(name), changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("def get_config(:", "cannot be read"),
+        ("x = 1", "has no get_config"),
+        ("def get_config():\n    return 1", "must return a config"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, text, message):
+    file = tmp_path / "config.py"
+    file.write_text(text)
+    with pytest.raises(UserError, match=message):
+        load_config(file)
+
+
+def test_missing_file_is_refused(tmp_path):
+    with pytest.raises(UserError, match="is no Python file"):
+        load_config(tmp_path / "absent.py")
+
+
+def test_only_differences_that_matter_are_named():
+    old = to_json(load_config(config_file("vae")))
+    changes = {
+        "run.log_every": "3",
+        "mesh.fsdp": "2",
+        "optimizer.learning_rate": "0.5",
+        "model.vae.dim": "16",
+    }
+    new = to_json(load_config(config_file("vae"), changes))
+    assert differing(old, new) == ["model.vae.dim", "optimizer.learning_rate"]
+    assert differing(old, to_json(load_config(config_file("text")))) == ["stage"]
