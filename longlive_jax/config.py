@@ -14,7 +14,7 @@ from longlive_jax.errors import UserError, require
 
 DType = Literal["bfloat16", "float32"]
 RopeMode = Literal["absolute", "relative"]
-SwitchPolicy = Literal["recache", "keep", "clear"]
+SwitchPolicy = Literal["recache", "keep", "clear", "flush", "cut"]
 RematPolicy = Literal["none", "dots", "full"]
 """What a layer keeps for the backward pass: everything, matrix products only, or its input only."""
 AttentionImplementation = Literal["auto", "reference", "cudnn"]
@@ -272,7 +272,8 @@ class SwitchConfig:
 
     Attributes:
       policy: "recache" rebuilds it from the generated latents under the new prompt, "keep" leaves it,
-        "clear" empties it (a hard start over).
+        "clear" empties it (a hard start over), "flush" keeps the sink and the last two frames, "cut" does
+        the same and sets the next block far from them in time (a hard cut to another scene).
       keep_sink: with "recache", leave the first frames' keys and values as they are.
     """
 
@@ -368,7 +369,7 @@ PRESETS: Mapping[str, PipelineConfig] = {
     "toy": PipelineConfig(
         name="toy",
         transformer=TransformerConfig(
-            dim=160, ffn_dim=640, num_heads=4, num_layers=6, freq_dim=128, text_dim=64, text_len=16
+            dim=128, ffn_dim=512, num_heads=2, num_layers=6, freq_dim=128, text_dim=64, text_len=16
         ),
         text_encoder=TextEncoderConfig(
             vocab_size=32, dim=64, attn_dim=64, ffn_dim=128, num_heads=4, num_layers=2, text_len=16

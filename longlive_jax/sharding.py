@@ -27,10 +27,13 @@ BATCH = AXES
 Rules: TypeAlias = Sequence[tuple[str, P]]
 
 RULES: Rules = (
-    # A carried rollout: keys and values [L, B, S, P, N, H], everything else of it begins with the batch.
+    # The sequences that long tuning carries have an axis of micro-batches in front.
+    (r"^extra/cache/(key|value|sink_key)$", P(None, None, BATCH)),
+    (r"^extra/", P(None, BATCH)),
+    # A rollout: keys and values [L, B, S, P, N, H], everything else of it begins with the batch.
     (r"cache/(key|value|sink_key)$", P(None, BATCH)),
     (r"(^|/)text/(key|value)$", P(None, BATCH)),
-    (r"(^|/)(history|seeds|latents|previous)$", P(BATCH)),
+    (r"(^|/)(text|history|seeds|latents)$", P(BATCH)),
     # Layer-stacked kernels [L, in, out] are split along the side that is not summed over most often.
     (r"blocks/((self|cross)_attn/o|ffn/fc2|attn/o)/kernel$", P(None, None, "fsdp")),
     (r"blocks/.*kernel$", P(None, "fsdp", None)),
@@ -88,11 +91,11 @@ def partition(path: str, shape: tuple[int, ...], mesh: Mesh, rules: Rules = RULE
     return P()
 
 
-def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES) -> Any:
-    """`NamedSharding`s of a tree of arrays or `jax.ShapeDtypeStruct`s."""
+def shardings(tree: Any, mesh: Mesh, rules: Rules = RULES, *, prefix: str = "") -> Any:
+    """`NamedSharding`s of a tree of arrays or `jax.ShapeDtypeStruct`s; `prefix` is where the tree belongs."""
 
     def of(path: Any, leaf: Any) -> NamedSharding:
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        name = "/".join(filter(None, (prefix, jax.tree_util.keystr(path, simple=True, separator="/"))))
         return NamedSharding(mesh, partition(name, leaf.shape, mesh, rules))
 
     return jax.tree_util.tree_map_with_path(of, tree)
@@ -128,7 +131,7 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
       batch: this process's rows, arrays `[b, ...]`; strings are left out.
       mesh: where.
     """
-    sharding = NamedSharding(mesh, P(BATCH))
+    sharding = batch_sharding(mesh)
     arrays = {name: np.asarray(value) for name, value in batch.items()}
     return {
         name: jax.make_array_from_process_local_data(sharding, value)
@@ -137,15 +140,19 @@ def place_batch(batch: Mapping[str, Any], mesh: Mesh) -> dict[str, jax.Array]:
     }
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Split along the first axis over every device."""
+    return NamedSharding(mesh, P(BATCH))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Whole on every device."""
     return NamedSharding(mesh, P())
 
 
-def split_batch(tree: T, mesh: Mesh) -> T:
-    """Inside of a jitted function: keeps arrays split along their first axis."""
-    sharding = NamedSharding(mesh, P(BATCH))
-    return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, sharding), tree)
+def constrain(tree: T, mesh: Mesh, rules: Rules = RULES, *, prefix: str = "") -> T:
+    """Inside of a jitted function: keeps a tree where the rules put it."""
+    return jax.tree.map(jax.lax.with_sharding_constraint, tree, shardings(tree, mesh, rules, prefix=prefix))
 
 
 def _piece(host: np.ndarray, index: tuple[slice, ...]) -> np.ndarray:

@@ -21,9 +21,9 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_3", steps=3000, eval_every=500, checkpoint_every=100, export_every=500
+            folder="runs/toy/teacher_3", steps=1000, eval_every=300, checkpoint_every=100, export_every=300
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=100, ema_decay=0.998),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.998),
         data=ClipsConfig(batch_size=8, frames=21, examples=2048),
         base="runs/toy/teacher_2/export",
         flow=FlowConfig(encoded_frames=21),

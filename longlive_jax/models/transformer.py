@@ -84,6 +84,7 @@ class Block(nn.Module):
     dtype: jnp.dtype
     param_dtype: jnp.dtype
     attention: AttentionImplementation
+    batch_sharding: jax.sharding.Sharding | None = None
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -137,7 +138,7 @@ class Block(nn.Module):
 
         y = layer_norm(x, eps=config.eps) * (1 + scale2) + shift2
         x = x + self.ffn(y) * gate2
-        return x, BlockKV(key, value)
+        return _split(x, self.batch_sharding), BlockKV(key, value)
 
     def text_context(self, carry: None, text: Array) -> tuple[None, TextContext]:
         """This layer's cross-attention keys and values of `[B, M, D]` text (a scan body: no carry)."""
@@ -171,6 +172,9 @@ class Transformer(nn.Module):
       param_dtype: precision parameters are created in; loaded parameters keep their own.
       attention: implementation of the attention.
       remat: what the backward pass recomputes.
+      batch_sharding: where the batch of the activations lives; None leaves it to the compiler. With weights
+        that are split over the devices of the batch it has to be said: the compiler might gather the batch
+        instead of the weights.
     """
 
     config: TransformerConfig
@@ -178,6 +182,7 @@ class Transformer(nn.Module):
     param_dtype: Any = jnp.float32
     attention: AttentionImplementation = "auto"
     remat: RematPolicy = "none"
+    batch_sharding: jax.sharding.Sharding | None = None
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -186,7 +191,9 @@ class Transformer(nn.Module):
         self.text_embed = MLP(config.dim, config.dim, gelu_tanh, *types)
         self.time_embed = MLP(config.dim, config.dim, nn.silu, *types)
         self.time_proj = dense(6 * config.dim)
-        self.blocks = _scanned_block(config.num_layers, self.remat)(config, *types, self.attention)
+        self.blocks = _scanned_block(config.num_layers, self.remat)(
+            config, *types, self.attention, self.batch_sharding
+        )
         self.head = Head(config, *types)
 
     def __call__(
@@ -218,7 +225,7 @@ class Transformer(nn.Module):
             positions = jnp.arange(latents.shape[1], dtype=jnp.int32)
         rotation = rope.table(positions, height, width, config.head_dim)
         patches = rearrange(latents, "b f (h q) (w r) c -> b f (h w) (q r c)", q=rows, r=columns)
-        x = self.patch_embed(patches.astype(self.dtype))  # [B, F, P, D]
+        x = _split(self.patch_embed(patches.astype(self.dtype)), self.batch_sharding)  # [B, F, P, D]
         embedding = timestep_embedding(timesteps, config.freq_dim).astype(self.dtype)
         time = self.time_embed(embedding)  # [B, F, D]
         projected = self.time_proj(nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
@@ -287,6 +294,10 @@ def _per_layer(
     if isinstance(context, ClipContext) and context.through is not None:
         return dataclasses.replace(context, through=repeat(context.through))
     return context
+
+
+def _split(x: Array, sharding: jax.sharding.Sharding | None) -> Array:
+    return x if sharding is None else jax.lax.with_sharding_constraint(x, sharding)
 
 
 def _tokens(x: Array) -> Array:

@@ -142,7 +142,7 @@ def clips(
       UserError: no frames, or a batch size that the shards do not divide.
     """
     require(frames > 0, f"frames={frames} must be positive")
-    return _stream(config, shard, _Clips(world, config.seed, config.split, frames, tokenizer))
+    return stream(config, shard, _Clips(world, config.seed, config.split, frames, tokenizer))
 
 
 def prompts(
@@ -153,7 +153,7 @@ def prompts(
     shard: grain.sharding.ShardOptions | None = None,
 ) -> grain.IterDataset[Batch]:
     """Endless batches of captions without video, as `clips`: what distillation trains on."""
-    return _stream(config, shard, _Prompts(world, config.seed, config.split, tokenizer))
+    return stream(config, shard, _Prompts(world, config.seed, config.split, tokenizer))
 
 
 def prompt_pairs(
@@ -169,7 +169,15 @@ def prompt_pairs(
     batch has "switch_caption" and "switch_attributes", and "switch_caption_tokens" with a tokenizer.
     """
     make = _PromptPairs(_Prompts(world, config.seed, config.split, tokenizer))
-    return _stream(config, shard, make)
+    return stream(config, shard, make)
+
+
+def prompt_maker(
+    world: World, *, seed: int, split: Split, with_switch: bool
+) -> Callable[[np.ndarray], Batch]:
+    """The rows of `prompts`, or of `prompt_pairs`, as a function of their numbers; see `stream`."""
+    made = _Prompts(world, seed, split, None)
+    return _PromptPairs(made) if with_switch else made
 
 
 def _text(name: str, texts: list[str], tokenizer: Tokenizer | None) -> Batch:
@@ -179,9 +187,16 @@ def _text(name: str, texts: list[str], tokenizer: Tokenizer | None) -> Batch:
     return batch
 
 
-def _stream(
+def stream(
     config: DataConfig, shard: grain.sharding.ShardOptions | None, make: Callable[[np.ndarray], Batch]
 ) -> grain.IterDataset[Batch]:
+    """Endless batches of anything that has a number, in an order that the number of shards does not change.
+
+    Args:
+      config: how many examples, in which order.
+      shard: this process's share.
+      make: numbers `[b]` to a batch of b rows.
+    """
     shard = shard or grain.sharding.NoSharding()
     require(
         config.batch_size % shard.shard_count == 0,

@@ -2,7 +2,7 @@
 
     <folder>/checkpoints/<step>/
         state    parameters, optimiser, averages, random key, what the stage carries from step to step
-        data     every process's place in the data
+        data     every process's place in the data: how many batches it has seen
         about    stage and settings
 
 Orbax writes in the background and renames at the end, so a run that is killed at any moment finds its last
@@ -10,6 +10,7 @@ complete checkpoint. A checkpoint whose settings differ from the run's is refuse
 """
 
 import contextlib
+import json
 import logging
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
@@ -94,11 +95,22 @@ class Checkpoints:
         if step is None:
             raise UserError(f"run.folder={self._folder.parent} holds no checkpoint to resume from")
         self.check(step)
+        self._restore_data(step, data)
         items = ocp.args.Composite(
             state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, state)),
-            data=grain.checkpoint.CheckpointRestore(data),
         )
         return self._manager.restore(step, args=items)["state"]
+
+    def _restore_data(self, step: int, data: Any) -> None:
+        """Moves the data's iterator to where it was.
+
+        A place counts batches of all processes together, so it is the same for each of them, and one that
+        has none of its own (there are more processes now, or fewer) takes the first one's.
+        """
+        folder = self._folder / str(step) / "data"
+        own = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+        file = own if own.exists() else next(folder.glob("process_0-of-*.json"))
+        data.set_state(json.loads(file.read_text(encoding="utf-8")))
 
     def check(self, step: int) -> None:
         """Refuses a checkpoint that was made with other settings."""
@@ -109,6 +121,10 @@ class Checkpoints:
             f"run.folder={self._folder.parent} holds a run with other settings ({', '.join(names)}); "
             "give the same settings, or another run.folder",
         )
+
+    def scores(self, step: int) -> dict[str, float]:
+        """Results of a checkpoint's evaluation; empty where it was not evaluated."""
+        return dict(self._manager.metrics(step) or {})
 
     def wait(self) -> None:
         """Waits until what was saved is on the disk."""

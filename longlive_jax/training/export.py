@@ -5,12 +5,12 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
-import numpy as np
 
 from longlive_jax import checkpoint
 from longlive_jax.checkpoint import Checkpoint
 from longlive_jax.config import PipelineConfig
-from longlive_jax.training.config import Training, stage_of
+from longlive_jax.training import processes
+from longlive_jax.training.config import DistillTraining, Training, stage_of
 from longlive_jax.types import Params
 
 FOLDER = "export"
@@ -20,6 +20,7 @@ def export(
     config: Training,
     parts: Mapping[str, Params],
     *,
+    adapters: Mapping[str, Params] | None = None,
     model: PipelineConfig | None = None,
     tokenizer: pathlib.Path | None = None,
 ) -> pathlib.Path:
@@ -28,6 +29,7 @@ def export(
     Args:
       config: of the stage.
       parts: what it trained, by part name.
+      adapters: LoRAs it trained, by part name; scaled by the config's `lora`.
       model: the model's config, where training has completed it; default the stage's.
       tokenizer: a tokenizer.json; default the base's.
 
@@ -36,7 +38,7 @@ def export(
       writes.
     """
     path = pathlib.Path(config.run.folder) / FOLDER
-    host = {name: _to_host(tree) for name, tree in parts.items()}
+    host = {name: processes.to_host(tree) for name, tree in {**parts, **(adapters or {})}.items()}
     if jax.process_index() != 0:
         return path
     base = checkpoint.open_checkpoint(config.base) if config.base else None
@@ -48,7 +50,11 @@ def export(
     }
     with checkpoint.create(path, model or config.model, source=source, overwrite=True) as writer:
         for name in checkpoint.PARTS:
-            if name in host:
+            if adapters and name in adapters:
+                assert isinstance(config, DistillTraining), config
+                rank = config.lora.rank
+                writer.add_tree(name, host[name], alpha=rank * config.lora.scale, rank=rank)
+            elif name in host:
                 writer.add_tree(name, host[name])
             elif base is not None and name in base.parts:
                 info = base.parts[name]
@@ -63,11 +69,3 @@ def export(
 def base_model(config: Training, base: Checkpoint) -> PipelineConfig:
     """The stage's model with what only training could know: the base's latent statistics."""
     return dataclasses.replace(config.model, vae=base.config.vae)
-
-
-def _to_host(tree: Params) -> Params:
-    from jax.experimental import multihost_utils
-
-    if jax.process_count() == 1:
-        return jax.tree.map(np.asarray, tree)
-    return jax.tree.map(lambda x: np.asarray(multihost_utils.process_allgather(x, tiled=True)), tree)

@@ -35,6 +35,7 @@ from longlive_jax.training import sampling
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import FlowTraining
+from longlive_jax.training.evaluation import Evaluator
 from longlive_jax.training.export import base_model
 from longlive_jax.training.state import Metrics, TrainState
 from longlive_jax.types import Array, Params, PRNGKey
@@ -70,7 +71,9 @@ def load_frozen(config: FlowTraining, mesh: jax.sharding.Mesh) -> Frozen:
     """Loads the base's VAE, embeds every caption once, and loads the transformer where there is one."""
     base = checkpoint.open_checkpoint(config.base)
     model = base_model(config, base)
-    transformer = dataclasses.replace(transformer_of(model), remat=config.remat)
+    transformer = dataclasses.replace(
+        transformer_of(model), remat=config.remat, batch_sharding=sharding.batch_sharding(mesh)
+    )
     start = None
     if PART in base.parts:
         start = base.load(PART, dtype=np.float32, expect=expected_tree(PART, model))
@@ -233,63 +236,37 @@ def clean_pass(generator: Generator, params: Params, text: TextContext, latents:
     return jax.lax.stop_gradient(jax.tree.map(joined, own))
 
 
-@dataclasses.dataclass(frozen=True)
-class Evaluator:
-    """Samples clips of unseen combinations and reads from the pixels what they show.
+def evaluator(config: FlowTraining, frozen: Frozen, sample: Any) -> Evaluator:
+    """Samples clips of unseen combinations.
 
-    Attributes:
+    Args:
       config: of the stage.
       frozen: its frozen parts.
       sample: `sampling.bidirectional` or `sampling.causal`.
     """
+    model, flow, settings = frozen.model, config.flow, config.evaluation
+    scenes = worlds.held_out_scenes(worlds.world_of(model), clips=settings.clips, seed=settings.seed)
+    captions = np.asarray(frozen.captions)
+    size = model.latent_size(model.video.height, model.video.width)
+    # On one device, unlike the generator under training.
+    generator = dataclasses.replace(frozen.generator, transformer=transformer_of(model))
 
-    config: FlowTraining
-    frozen: Frozen
-    sample: Any
+    def latents(params: Params, text: Array, seeds: Array) -> Array:
+        empty = None if flow.guidance == 1 else jnp.broadcast_to(captions[-1], text.shape)
+        result: Array = sample(
+            generator,
+            params,
+            sampling.Prompts(text, empty),
+            seeds,
+            shape=(settings.frames, *size, model.vae.z_dim),
+            steps=flow.sample_steps,
+            shift=flow.shift,
+            guidance=flow.guidance,
+        )
+        return result
 
-    @functools.cached_property
-    def _run(self) -> Any:
-        flow, frozen = self.config.flow, self.frozen
-        size = frozen.model.latent_size(frozen.model.video.height, frozen.model.video.width)
-        shape = (self.config.evaluation.frames, *size, frozen.model.vae.z_dim)
-
-        def run(params: Params, vae_params: Params, text: Array, empty: Array, seeds: Array) -> Array:
-            prompts = sampling.Prompts(
-                text, None if flow.guidance == 1 else jnp.broadcast_to(empty, text.shape)
-            )
-            latents = self.sample(
-                frozen.generator,
-                params,
-                prompts,
-                seeds,
-                shape=shape,
-                steps=flow.sample_steps,
-                shift=flow.shift,
-                guidance=flow.guidance,
-            )
-            video: Any = frozen.vae.apply({"params": vae_params}, latents, method="decode")
-            return video
-
-        return jax.jit(run)
-
-    def videos(self, params: Params) -> tuple[np.ndarray, np.ndarray]:
-        """Videos `[B, V, Y, X, 3]` in [-1, 1] and the attributes `[B, 4]` they should show."""
-        settings, world = self.config.evaluation, worlds.world_of(self.frozen.model)
-        scenes = worlds.held_out_scenes(world, clips=settings.clips, seed=settings.seed)
-        rows = worlds.caption_rows(scenes.codes, scenes.template)
-        params, vae_params = jax.device_get((params, self.frozen.vae_params))
-        captions = np.asarray(self.frozen.captions)
-        videos = []
-        for at in range(0, settings.clips, settings.batch_size):
-            part = rows[at : at + settings.batch_size]
-            seeds = np.arange(at, at + len(part), dtype=np.uint32)
-            videos.append(np.asarray(self._run(params, vae_params, captions[part], captions[-1], seeds)))
-        return np.concatenate(videos), scenes.codes
-
-    def __call__(self, params: Params) -> dict[str, float]:
-        """Scores by name, see `world.adherence`."""
-        videos, codes = self.videos(params)
-        return worlds.adherence(worlds.world_of(self.frozen.model), videos, codes)
+    text = captions[worlds.caption_rows(scenes.codes, scenes.template)]
+    return Evaluator(settings, model, frozen.vae_params, latents, text, scenes.codes)
 
 
 def step_flops(config: FlowTraining, params: Params) -> float:

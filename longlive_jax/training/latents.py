@@ -22,6 +22,8 @@ from grain.sharding import ShardOptions
 from longlive_jax import storage, toy
 from longlive_jax.config import to_dict
 from longlive_jax.models.vae import WanVAE
+from longlive_jax.toy import data as toy_data
+from longlive_jax.training import processes
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import ClipsConfig
 from longlive_jax.training.metrics import say
@@ -56,15 +58,8 @@ class EncodedClips:
         }
 
     def batches(self, shard: ShardOptions) -> "grain.IterDataset[dict[str, np.ndarray]]":
-        """Endless batches, in an order that does not depend on the number of processes."""
-        clips = self.clips
-        rows = clips.batch_size // shard.shard_count
-        own = slice(rows * shard.shard_index, rows * (shard.shard_index + 1))
-        order = grain.MapDataset.range(clips.examples).shuffle(seed=clips.seed).repeat()
-        batches = order.batch(clips.batch_size, drop_remainder=True).map(lambda i: self.rows(i[own]))
-        return batches.to_iter_dataset(
-            grain.ReadOptions(num_threads=clips.threads, prefetch_buffer_size=clips.prefetch)
-        )
+        """Endless batches; see `toy.data.stream`."""
+        return toy_data.stream(worlds.stream_config(self.clips), shard, self.rows)
 
 
 def encode_clips(
@@ -97,10 +92,7 @@ def encode_clips(
         if count % 8 == 0:
             say(f"encoding clips into {path}: {count}/{len(mine)} shards")
         _encode_shard(vae, params, world, clips, frames, path, index)
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("latents")
+    processes.sync("latents")
     return EncodedClips(path, world, clips)
 
 

@@ -6,10 +6,13 @@
             state, metrics = train_step(state, next(data))
             session.after(step, state, metrics, frames=...)
             if session.is_evaluation_due(step):
-                session.evaluated(step, evaluate(state))
-        session.finish(...)
+                session.evaluated(step, *evaluate(state))
+            if session.is_early_export_due(step):
+                export(state)
+        session.finish(export=export(state))
 
-A signal (Ctrl-C, SIGTERM) ends the loop after the step under way, with a checkpoint. A loss that is not a
+A signal (Ctrl-C, SIGTERM) to any process ends the loop after the step under way, with a checkpoint (of
+several processes, all after the next one). A loss that is not a
 number, or stays far above what it was, ends it without one: the last good checkpoint stays.
 """
 
@@ -31,15 +34,15 @@ from longlive_jax import sharding, storage
 from longlive_jax.checkpoint import open_checkpoint
 from longlive_jax.errors import UserError, require
 from longlive_jax.training import metrics as metrics_lib
+from longlive_jax.training import processes
 from longlive_jax.training.checkpoint import Checkpoints, has_checkpoints
 from longlive_jax.training.config import Training, to_json
+from longlive_jax.training.lock import RunLock
 
 CONFIG_FILE = "config.json"
 
 Resume = Literal["never", "auto"]
 """Whether a run that its folder already holds is continued, or refused."""
-
-_SIGNAL_EVERY = 10  # steps between the votes of several processes
 
 HISTORY_STEPS = 200
 """Steps the usual loss is the median of; a loss is not judged before there are as many."""
@@ -85,6 +88,7 @@ class Session:
         self._folder = pathlib.Path(config.run.folder)
         self._stack = contextlib.ExitStack()
         self._signal = _Signal()
+        self._vote = processes.Vote() if jax.process_count() > 1 else None
         self._watch = _Watch(config.run.diverged_factor)
         self._pending: tuple[int, Mapping[str, Any]] | None = None
         self._scores: dict[str, float] = {}
@@ -92,19 +96,22 @@ class Session:
         self._started = time.monotonic()
 
     def __enter__(self) -> "Session":
-        exists = has_checkpoints(self._folder)
-        require(
-            not exists or self._resume == "auto",
-            f"run.folder={self._folder} already holds a run; continue it with --resume auto, or name another",
-        )
-        self.compiles = self._stack.enter_context(metrics_lib.CompileCounter())
-        self.checkpoints = self._stack.enter_context(Checkpoints(self.config))
-        if exists and self.checkpoints.latest is not None:
-            self.checkpoints.check(self.checkpoints.latest)
-        elif jax.process_index() == 0:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            storage.write_json(self._folder / CONFIG_FILE, to_json(self.config))
-        self._stack.enter_context(self._signal)
+        with self._stack as stack:  # what is open is closed again if the rest fails
+            stack.enter_context(RunLock(self._folder))
+            exists = has_checkpoints(self._folder)
+            require(
+                not exists or self._resume == "auto",
+                f"run.folder={self._folder} already holds a run; continue it with --resume auto, or name "
+                "another",
+            )
+            self.compiles = stack.enter_context(metrics_lib.CompileCounter())
+            self.checkpoints = stack.enter_context(Checkpoints(self.config))
+            if exists and self.checkpoints.latest is not None:
+                self.checkpoints.check(self.checkpoints.latest)
+            elif jax.process_index() == 0:
+                storage.write_json(self._folder / CONFIG_FILE, to_json(self.config))
+            stack.enter_context(self._signal)
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -122,6 +129,7 @@ class Session:
         if self.checkpoints.latest is not None:
             self._first = self.checkpoints.latest
             state = self.checkpoints.restore(state, data)
+            self._scores = self.checkpoints.scores(self._first)
         self._done = self._first
         self.log = metrics_lib.Log(
             self._folder, first_step=self._first, steps=self.config.run.steps, is_quiet=self._is_quiet
@@ -141,7 +149,7 @@ class Session:
         """
         for step in range(self._first + 1, self.config.run.steps + 1):
             yield step
-            number = self._signal_number(step)
+            number = self._signal_number()
             if number:
                 self._flush()
                 self._save()
@@ -172,13 +180,24 @@ class Session:
         every, last = self.config.run.eval_every, self.config.run.steps
         return step == last or (every > 0 and step % every == 0)
 
-    def is_export_due(self, step: int) -> bool:
-        """Whether the state after this step should be exported."""
-        every, last = self.config.run.export_every, self.config.run.steps
-        return step == last or (every > 0 and step % every == 0)
+    def is_early_export_due(self, step: int) -> bool:
+        """Whether the state after this step should be exported, before the one after the last.
 
-    def evaluated(self, step: int, scores: Mapping[str, float]) -> None:
-        """Logs the results of an evaluation and saves the state with them."""
+        The last state is exported behind the loop: a run that was killed between its last checkpoint and
+        its export has no step to make, but its export.
+        """
+        every = self.config.run.export_every
+        return every > 0 and step % every == 0 and step < self.config.run.steps
+
+    def evaluated(self, step: int, scores: Mapping[str, float], videos: np.ndarray | None = None) -> None:
+        """Logs the results of an evaluation and saves the state with them.
+
+        Args:
+          step: updates made.
+          scores: results by name.
+          videos: what they were computed from, float `[B, V, Y, X, 3]` in [-1, 1]; a handful is kept in
+            the run's folder.
+        """
         self._flush()
         self._scores = dict(scores)
         self.log.scalars(step, {f"eval/{name}": value for name, value in scores.items()})
@@ -186,6 +205,8 @@ class Session:
         self.log.note(f"step {step}: {shown}")
         known = {**self.log.latest, **scores}
         self._save({self.config.evaluation.metric: known[self.config.evaluation.metric], **scores})
+        if videos is not None:
+            self.log.samples(step, videos, self.config.model.video.fps)
 
     def finish(self, **values: Any) -> dict[str, Any]:
         """Writes the report of a finished run and returns it."""
@@ -236,16 +257,10 @@ class Session:
             return
         self.checkpoints.save(self._done, self._state, self._data, scores)
 
-    def _signal_number(self, step: int) -> int:
+    def _signal_number(self) -> int:
         """The signal that ends the run now, 0 for none; all processes agree, as all of them save."""
         own = self._signal.number or 0
-        if jax.process_count() == 1:
-            return own
-        if step % _SIGNAL_EVERY:
-            return 0
-        from jax.experimental import multihost_utils
-
-        return int(multihost_utils.process_allgather(np.int32(own)).max())
+        return own if self._vote is None else self._vote.cast(own)
 
 
 class _Signal:

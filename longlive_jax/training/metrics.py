@@ -1,7 +1,8 @@
 """What a run says about itself: lines of metrics, tensorboard scalars, a progress bar and a final report.
 
     <folder>/metrics.jsonl    one line per logged step, in full precision
-    <folder>/tensorboard/     the same for TensorBoard
+    <folder>/tensorboard/     the same for TensorBoard, with a contact sheet per evaluation
+    <folder>/samples/         what evaluations showed, see `training.samples`
     <folder>/report.json      settings, versions, numbers of compilations, timings and results
 
 Only the first process writes.
@@ -17,12 +18,13 @@ import statistics
 import sys
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TextIO
 
 import jax
 import numpy as np
 
 from longlive_jax import storage
+from longlive_jax.training import samples
 
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.json"
@@ -32,11 +34,21 @@ _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "num
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 PEAK_FLOPS: Mapping[str, float] = {
+    # NVIDIA's data sheets of the A100, H100 and H200 Tensor Core GPUs, without sparsity.
     "NVIDIA A100": 312e12,
+    "NVIDIA H100 NVL": 835e12,
+    "NVIDIA H100 PCIe": 756e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H200 NVL": 835e12,
     "NVIDIA H200": 989e12,
+    # Google Cloud's "TPU system architecture" pages, peak compute per chip (v5 lite is v5e, v6 lite v6e).
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
 }
-"""Dense bfloat16 operations per second, by the beginning of the device's name (vendors' data sheets)."""
+"""Dense bfloat16 operations per second of one device, by the beginning of its `device_kind`; the first
+name that fits counts."""
 
 
 class CompileCounter:
@@ -119,10 +131,20 @@ class Log:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def video(self, name: str, step: int, video: np.ndarray, fps: int) -> None:
-        """Adds a clip uint8 `[V, Y, X, 3]` to TensorBoard."""
+    def samples(self, step: int, videos: np.ndarray, fps: int) -> None:
+        """Keeps what an evaluation showed; the contact sheet goes to TensorBoard, too.
+
+        Args:
+          step: steps made.
+          videos: float `[B, V, Y, X, 3]` in [-1, 1].
+          fps: frames per second.
+        """
         if self._writes:
-            self._board.add_video(name, video.transpose(0, 3, 1, 2)[None], step, fps=fps)
+            import PIL.Image
+
+            sheet = samples.write(self._folder, step, videos, fps=fps)
+            # Not `add_video`, which needs a package of its own for the GIF it makes.
+            self._board.add_image("samples", np.asarray(PIL.Image.open(sheet)), step, dataformats="HWC")
 
     def note(self, text: str) -> None:
         """Says something beside the progress bar."""
@@ -157,11 +179,16 @@ def _installed(name: str) -> bool:
     return True
 
 
-def peak_flops() -> float | None:
-    """Peak operations per second of all devices together, where it is known."""
-    devices = jax.devices()
-    found = [peak for name, peak in PEAK_FLOPS.items() if devices[0].device_kind.startswith(name)]
-    return found[0] * len(devices) if found else None
+def peak_flops(kind: str | None = None, *, devices: int | None = None) -> float | None:
+    """Peak operations per second of all devices together; None where it is not known.
+
+    Args:
+      kind: a `device_kind`; default the devices' own.
+      devices: how many; default all of all processes.
+    """
+    kind = jax.devices()[0].device_kind if kind is None else kind
+    found = [peak for name, peak in PEAK_FLOPS.items() if kind.startswith(name)]
+    return found[0] * (jax.device_count() if devices is None else devices) if found else None
 
 
 class _Rate:
@@ -186,7 +213,9 @@ class _Rate:
     def metrics(self, flops: float | None) -> dict[str, float]:
         if self.seconds is None:
             return {}
-        values = {"seconds_per_step": self.seconds, "frames_per_second": self._frames / self.seconds}
+        values = {"seconds_per_step": self.seconds}
+        if self._frames:
+            values["frames_per_second"] = self._frames / self.seconds
         peak = peak_flops()
         if flops is not None and peak is not None:
             values["utilisation"] = flops / self.seconds / peak
@@ -263,7 +292,7 @@ def is_finite(values: Mapping[str, float]) -> bool:
     return all(math.isfinite(v) for name, v in values.items() if name == "loss" or "grad_norm" in name)
 
 
-def say(text: str) -> None:
-    """Tells the person at the terminal, once, whatever the number of processes."""
+def say(text: str, *, file: TextIO | None = None) -> None:
+    """Tells the person at the terminal, once, whatever the number of processes; default standard error."""
     if jax.process_index() == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(text, file=file or sys.stderr, flush=True)

@@ -22,7 +22,7 @@ Source: LongLive `pipeline/self_forcing_training.py`, `pipeline/streaming_switch
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,11 +36,9 @@ from longlive_jax.errors import require
 from longlive_jax.inference.rollout import Generator
 from longlive_jax.models.transformer import TextContext
 from longlive_jax.ops.windowed_attention import ClipContext
+from longlive_jax.training.config import CacheGradient, TextGradient
 from longlive_jax.training.recache import rebuild_after_switch
 from longlive_jax.types import Array, Params, PRNGKey, pytree
-
-CacheGradient = Literal["straight_through", "opening", "none"]
-TextGradient = Literal["full", "none"]
 
 
 @pytree

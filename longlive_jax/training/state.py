@@ -7,7 +7,7 @@ sequence of the long tuning). All of it is saved, sharded and donated as one tre
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,8 @@ import optax
 
 from longlive_jax.training.config import OptimizerConfig, RunConfig
 from longlive_jax.types import Array, Params, PRNGKey, pytree
+
+T = TypeVar("T")
 
 Metrics: TypeAlias = dict[str, Array]
 """Scalars by name."""
@@ -123,26 +125,46 @@ def gradients(
       The gradients, and the means of the loss ("loss") and of the metrics over the parts.
     """
 
-    def one(batch: Any, key: PRNGKey) -> tuple[Params, Metrics]:
+    def one(batch: Any, key: PRNGKey) -> tuple[tuple[Params, Metrics], None]:
         (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch, key)
-        return grads, {"loss": value, **metrics}
+        return (grads, {"loss": value, **metrics}), None
 
     if micro_batches == 1:
-        return one(batch, key)
+        return one(batch, key)[0]
+    parts = split_rows(batch, micro_batches)
+    total, _ = averaged(one, parts, jax.random.split(key, micro_batches))
+    return total
 
-    def part(x: Array) -> Array:
-        # Row r goes to part r mod n: every device keeps an equal share of every part.
-        return x.reshape(x.shape[0] // micro_batches, micro_batches, *x.shape[1:]).swapaxes(0, 1)
 
-    def add(total: Any, inputs: tuple[Any, PRNGKey]) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, one(*inputs)), None
+def split_rows(tree: T, parts: int) -> T:
+    """Arrays `[B, ...]` to `[parts, B / parts, ...]`.
 
-    parts = jax.tree.map(part, batch)
-    keys = jax.random.split(key, micro_batches)
+    Row r goes to part r mod `parts`, so every device keeps an equal share of every part.
+    """
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def averaged(one: Callable[[Any, PRNGKey], tuple[T, Any]], parts: Any, keys: PRNGKey) -> tuple[T, Any]:
+    """Runs a function on one part after another.
+
+    Args:
+      one: `(part, key) -> (tree to average, tree to keep)`.
+      parts: a tree of arrays `[n, ...]`.
+      keys: n random keys.
+
+    Returns:
+      The mean of the first results, and the second ones stacked.
+    """
+
+    def add(total: T, inputs: tuple[Any, PRNGKey]) -> tuple[T, Any]:
+        value, kept = one(*inputs)
+        return jax.tree.map(jnp.add, total, value), kept
+
     first = jax.tree.map(lambda x: x[0], parts)
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(one, first, key))
-    total, _ = jax.lax.scan(add, zero, (parts, keys))
-    return jax.tree.map(lambda x: x / micro_batches, total)
+    shapes, _ = jax.eval_shape(one, first, keys[0])
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+    total, kept = jax.lax.scan(add, zero, (parts, keys))
+    return jax.tree.map(lambda x: x / keys.shape[0], total), kept
 
 
 def update(

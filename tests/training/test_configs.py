@@ -13,25 +13,42 @@ from longlive_jax.training.config import differing, from_json, load_config, to_j
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FILES = sorted((ROOT / "configs/toy").glob("*.py"))
-RECIPE = ("vae_images", "vae", "text", "teacher_1", "teacher_2", "teacher_3", "causal_init")
+PAPER = sorted((ROOT / "configs/wan").glob("*.py"))
+RECIPE = (
+    "vae_images",
+    "vae",
+    "vae_decoder",
+    "text",
+    "teacher_images",
+    "teacher_1",
+    "teacher_2",
+    "teacher_3",
+    "causal_init",
+    "init",
+    "long",
+)
 
 
 def config_file(name: str) -> pathlib.Path:
     return ROOT / f"configs/toy/{name}.py"
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def name_of(file: pathlib.Path) -> str:
+    return f"{file.parent.name}_{file.stem}"
+
+
+@pytest.mark.parametrize("file", FILES + PAPER, ids=name_of)
 def test_resolved_config_is_the_recorded_one(file):
     """Refresh on purpose: REFRESH_GOLDEN=1 pytest tests/training/test_configs.py"""
-    golden = GOLDEN / f"{file.stem}.json"
-    resolved = json.dumps(to_json(load_config(file)), indent=1) + "\n"
+    golden = GOLDEN / f"{name_of(file)}.json"
+    resolved = json.dumps(to_json(load_config(file)), indent=1, ensure_ascii=False) + "\n"
     if os.environ.get("REFRESH_GOLDEN"):
         golden.parent.mkdir(exist_ok=True)
         golden.write_text(resolved)
     assert resolved == golden.read_text()
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES, ids=name_of)
 def test_every_config_shrinks_and_survives_json(file):
     config = load_config(file, {"smoke": "true"})
     assert config.run.steps == 2
@@ -39,7 +56,7 @@ def test_every_config_shrinks_and_survives_json(file):
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+@pytest.mark.parametrize("file", FILES + PAPER, ids=name_of)
 def test_docstring_has_the_launch_line(file):
     assert f"longlive train {file.relative_to(ROOT)}" in file.read_text()
 

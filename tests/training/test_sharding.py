@@ -60,8 +60,12 @@ def test_lora_and_text_encoder_are_split_too():
         ("networks/g/optimizer/0/mu/blocks/ffn/fc2/kernel", (30, 8960, 1536), P(None, None, "fsdp")),
         ("blocks/self_attn/q/kernel", (2, 33, 64), P(None, None, None)),  # 33 does not divide
         ("blocks/self_attn/q/bias", (30, 1536), P()),
-        ("extra/cache/key", (30, 8, 9, 4, 2, 8), P(None, ("data", "fsdp"))),
-        ("extra/history", (8, 21, 4, 4, 16), P(("data", "fsdp"))),
+        ("extra/cache/key", (1, 30, 8, 9, 4, 2, 8), P(None, None, ("data", "fsdp"))),
+        ("extra/cache/end", (1, 8), P(None, ("data", "fsdp"))),
+        ("extra/history", (2, 8, 21, 4, 4, 16), P(None, ("data", "fsdp"))),
+        ("extra/switch/text", (2, 8, 16, 64), P(None, ("data", "fsdp"))),
+        ("extra/switch/frame", (2,), P(None)),
+        ("cache/key", (30, 8, 9, 4, 2, 8), P(None, ("data", "fsdp"))),
         ("step", (), P()),
     ],
 )

@@ -2,62 +2,32 @@
 
 import functools
 import json
-import os
-import pathlib
+import shutil
 import signal
+import struct
 import subprocess
 import sys
-import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tensorboardX.proto.event_pb2 import Event
 
-from longlive_jax import checkpoint, sharding
+from longlive_jax import checkpoint, sharding, video
 from longlive_jax.cli.main import main
 from longlive_jax.convert.shapes import expected_tree
+from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
-from longlive_jax.models.tokenizer import train_word_tokenizer
-from longlive_jax.training import flow, loop, metrics, stages
-from longlive_jax.training import world as worlds
-from longlive_jax.training.config import load_config
+from longlive_jax.training import config as config_lib
+from longlive_jax.training import flow, loop, metrics, samples, stages
+from longlive_jax.training.lock import RunLock
 from longlive_jax.training.loop import TrainingError
 from longlive_jax.training.stages import text
+from tests.training import _runs
+from tests.training._runs import CONFIGS, losses, smoke, started, wait_for_losses
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs/toy"
-
-
-# Slow steps, so that there is time to kill the run between them; nothing else differs.
-_SLOW_STEPS = """
-import sys, time
-from longlive_jax.cli.main import main
-from longlive_jax.training import metrics
-tick = metrics.Log.tick
-def slow(self, *arguments):
-    time.sleep(0.3)
-    tick(self, *arguments)
-metrics.Log.tick = slow
-sys.exit(main({words!r}))
-"""
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A checkpoint of the smoke model with random weights in every part."""
-    folder, random = tmp_path_factory.mktemp("base"), np.random.default_rng(0)
-    model = load_config(CONFIGS / "causal_init.py", {"smoke": "true"}).model
-
-    def draw(spec):
-        fan_in = np.prod(spec.shape[-2:-1]) if len(spec.shape) > 1 else 100
-        return (random.normal(size=spec.shape) / np.sqrt(fan_in)).astype(np.float32)
-
-    tokenizer = train_word_tokenizer(worlds.caption_table(), vocab_size=32, path=folder / "t.json")
-    with checkpoint.create(folder / "base", model, source={"made": "for tests"}) as writer:
-        for part in ("transformer", "text_encoder", "vae"):
-            writer.add_tree(part, jax.tree.map(draw, expected_tree(part, model)))
-        writer.add_tokenizer(tokenizer)
-    return folder / "base"
+pytestmark = pytest.mark.usefixtures("fast_programs")
 
 
 @pytest.fixture(autouse=True)
@@ -67,36 +37,35 @@ def one_device(monkeypatch):
     monkeypatch.setattr(sharding, "make_mesh", mesh)
 
 
-def smoke(name, base, folder, **changes):
-    """The smoke config of a stage that starts from `base`; changes are dotted names with "__" for "."."""
-    settings = {key.replace("__", "."): value for key, value in changes.items()}
-    settings |= {"smoke": "true", "run.folder": str(folder), "base": str(base or "")}
-    return load_config(CONFIGS / f"{name}.py", settings)
-
-
-def losses(folder):
-    """Loss by step, as logged."""
-    lines = [json.loads(line) for line in (folder / metrics.METRICS_FILE).read_text().splitlines()]
-    return {line["step"]: line["loss"] for line in lines if "loss" in line}
+def board(folder):
+    """Tags of what was written for TensorBoard: records of a length, its checksum, an event, its checksum."""
+    [file] = (folder / "tensorboard").iterdir()
+    data, tags = file.read_bytes(), set()
+    while data:
+        (length,) = struct.unpack("<Q", data[:8])
+        tags |= {value.tag for value in Event.FromString(data[12 : 12 + length]).summary.value}
+        data = data[16 + length :]
+    return tags
 
 
 @pytest.mark.parametrize(
     ("name", "part"),
     [
-        ("vae", "vae"),
+        ("vae_images", "vae"),
+        pytest.param("vae", "vae", marks=pytest.mark.slow),
         ("text", "text_encoder"),
-        ("teacher_2", "transformer"),
+        pytest.param("teacher_2", "transformer", marks=pytest.mark.slow),  # trained in test_two_processes
         ("causal_init", "transformer"),
     ],
 )
 def test_a_smoke_run_overfits_and_exports(name, part, base, tmp_path):
     changes = {"run__steps": 12, "run__checkpoint_every": 50, "optimizer__learning_rate": 5e-3}
-    config = smoke(name, None if name == "vae" else base, tmp_path / "run", **changes)
+    config = smoke(name, None if part == "vae" else base, tmp_path / "run", **changes)
     report = stages.train(config, is_quiet=True)
     seen = list(losses(tmp_path / "run").values())
     assert np.mean(seen[-3:]) < 0.95 * np.mean(seen[:3])
     exported = checkpoint.open_checkpoint(report["export"])
-    assert exported.source["stage"] == ("teacher" if name == "teacher_2" else name)
+    assert exported.source["stage"] == config_lib.stage_of(config)
     exported.load(part, expect=expected_tree(part, exported.config))
     assert report["best_step"] == 12
     assert set(report["scores"]) >= {config.evaluation.metric}
@@ -104,6 +73,16 @@ def test_a_smoke_run_overfits_and_exports(name, part, base, tmp_path):
     if name == "causal_init":
         assert set(exported.parts) == {"transformer", "text_encoder", "vae"}
         assert Pipeline.load(report["export"]).config.vae == exported.config.vae
+    tags = {"loss", "grad_norm", "learning_rate", "seconds_per_step", f"eval/{config.evaluation.metric}"}
+    assert board(tmp_path / "run") >= tags - {"eval/loss"}
+    if name != "text":
+        shown = video.read_video(tmp_path / "run" / samples.FOLDER / "000012.mp4")
+        frames = config.model.vae.video_frames(config.evaluation.frames)
+        # Two clips side by side; the VAE's are beside their originals.
+        assert shown.shape == (frames, 16, 16 * 2 * (2 if part == "vae" else 1), 3)
+        assert shown.std() > 0
+        assert (tmp_path / "run" / samples.FOLDER / "000012.png").stat().st_size > 0
+        assert board(tmp_path / "run") >= {"samples", "frames_per_second"}
 
 
 def test_killed_and_resumed_is_bit_identical(base, tmp_path):
@@ -111,28 +90,23 @@ def test_killed_and_resumed_is_bit_identical(base, tmp_path):
     changes = {"run__steps": 14, "run__checkpoint_every": 3}
     stages.train(smoke("text", base, tmp_path / "whole", **changes), is_quiet=True)
 
-    words = ["train", str(CONFIGS / "text.py"), "--quiet", "smoke=true", "run.steps=14"]
-    words += ["run.checkpoint_every=3", f"base={base}", "run.folder=killed"]
-    program = _SLOW_STEPS.format(words=words)
-    environment = os.environ | {"XLA_FLAGS": ""}  # one device
-    process = subprocess.Popen([sys.executable, "-c", program], cwd=tmp_path, env=environment)
     folder = tmp_path / "killed"
-    try:
-        deadline = time.monotonic() + 120
-        while len(losses(folder) if (folder / metrics.METRICS_FILE).exists() else ()) < 7:
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == -signal.SIGKILL
+    with started([_runs.words("text", base, folder, **changes)], tmp_path) as running:
+        wait_for_losses(folder, 7, running)
+        running[0].kill()
+        running[0].wait()
     report = stages.train(smoke("text", base, folder, **changes), resume="auto", is_quiet=True)
     assert 3 <= report["resumed_at"] < 14
     assert losses(folder) == losses(tmp_path / "whole")
 
+    # Killed again, after the last checkpoint and before the export: there is no step left to make.
+    shutil.rmtree(folder / "export")
+    again = stages.train(smoke("text", base, folder, **changes), resume="auto", is_quiet=True)
+    assert again["scores"] == report["scores"]
+    assert "text_encoder" in checkpoint.open_checkpoint(folder / "export").parts
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits(number, base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     tick = metrics.Log.tick
@@ -157,10 +131,11 @@ def test_numbers_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch):
     def poisoned(batch, mesh):
         calls.append(1)
         batch = place(batch, mesh)
-        return batch | {"latents": batch["latents"] * (np.nan if len(calls) == 3 else 1)}
+        # A label that does not exist: its cross-entropy is no number.
+        return batch | {"attributes": batch["attributes"] + (1000 if len(calls) == 3 else 0)}
 
     monkeypatch.setattr(sharding, "place_batch", poisoned)
-    config = smoke("teacher_1", base, tmp_path / "run", run__steps=8)
+    config = smoke("text", base, tmp_path / "run", run__steps=8)
     with pytest.raises(TrainingError, match=r"not finite.*the checkpoint of step 2 is the last good"):
         stages.train(config, is_quiet=True)
     assert max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()) == 2
@@ -220,6 +195,59 @@ def test_an_existing_run_is_not_overwritten(base, tmp_path, monkeypatch, capsys)
     assert "--resume auto" in capsys.readouterr().err
     assert main([*words, "--resume", "auto", "optimizer.learning_rate=0.7"]) == 2
     assert "optimizer.learning_rate" in capsys.readouterr().err
+
+
+def test_a_folder_in_use_is_refused(base, tmp_path, monkeypatch, capsys):
+    """Two live runs would delete each other's half-written checkpoints."""
+    words = _runs.words("text", base, tmp_path / "run")
+    with RunLock(tmp_path / "run"):
+        for options in ([], ["--resume", "auto"]):
+            assert main([*words, *options]) == 2
+            error = capsys.readouterr().err
+            assert "is in use by process" in error
+            assert error.count("\n") == 1
+    assert not (tmp_path / "run/checkpoints").exists()
+    with RunLock(tmp_path / "run"):  # it was let go
+        pass
+
+
+def test_a_killed_holder_leaves_the_folder_free(tmp_path):
+    program = f"""
+import pathlib, time
+from longlive_jax.training.lock import RunLock
+with RunLock(pathlib.Path({str(tmp_path)!r})):
+    print("held", flush=True)
+    time.sleep(100)
+"""
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout.readline() == "held\n"
+            with pytest.raises(UserError, match=f"process {holder.pid} on"), RunLock(tmp_path):
+                pass
+        finally:
+            holder.kill()
+    with RunLock(tmp_path):
+        pass
+
+
+def test_utilisation_is_of_the_devices_peak(monkeypatch):
+    assert metrics.peak_flops("NVIDIA H100 80GB HBM3", devices=8) == 8 * 989e12
+    assert metrics.peak_flops("NVIDIA H100 PCIe", devices=1) == 756e12
+    assert metrics.peak_flops("TPU v5 lite", devices=4) == 4 * 197e12
+    assert metrics.peak_flops("TPU v5p", devices=1) == 459e12
+    assert metrics.peak_flops("cpu") is None
+    monkeypatch.setattr(metrics, "PEAK_FLOPS", {"cpu": 1e9})
+    clock = iter([10.0, 12.0, 14.0])
+    monkeypatch.setattr(metrics.time, "monotonic", lambda: next(clock))
+    rate = metrics._Rate(0)
+    for step in (1, 2, 3):
+        rate.tick(step, frames=6)
+    found = rate.metrics(4e9)  # 2 Gflop/s of 1 Gflop/s for each of the devices
+    assert found == {
+        "seconds_per_step": 2.0,
+        "frames_per_second": 3.0,
+        "utilisation": pytest.approx(2 / jax.device_count()),
+    }
 
 
 def test_a_base_without_the_parts_is_refused(tmp_path, monkeypatch, capsys):

@@ -24,7 +24,7 @@ def train(config: TeacherTraining, *, resume: Resume = "never", is_quiet: bool =
     with Session(config, resume=resume, is_quiet=is_quiet) as session:
         frozen = flow.load_frozen(config, mesh)
         clips = iter(flow.encoded_clips(config, frozen).batches(worlds.shard()))
-        evaluate = flow.Evaluator(config, frozen, sampling.bidirectional)
+        evaluator = flow.evaluator(config, frozen, sampling.bidirectional)
         step_fn = jax.jit(functools.partial(flow.train_step, config, frozen.generator), donate_argnums=0)
         state = session.start(flow.init(config, frozen, mesh), clips)
         session.flops = flow.step_flops(config, state.networks[PART].params)
@@ -33,7 +33,9 @@ def train(config: TeacherTraining, *, resume: Resume = "never", is_quiet: bool =
             state, metrics = step_fn(state, sharding.place_batch(next(clips), mesh), frozen.captions)
             session.after(step, state, metrics, frames=frames)
             if session.is_evaluation_due(step):
-                session.evaluated(step, evaluate(state.networks[PART].best))
-            if session.is_export_due(step):
-                folder = export_lib.export(config, {PART: state.networks[PART].best}, model=frozen.model)
+                videos = evaluator.videos(state.networks[PART].best)
+                session.evaluated(step, evaluator.scores(videos), videos)
+            if session.is_early_export_due(step):
+                export_lib.export(config, {PART: state.networks[PART].best}, model=frozen.model)
+        folder = export_lib.export(config, {PART: state.networks[PART].best}, model=frozen.model)
         return session.finish(export=str(folder))

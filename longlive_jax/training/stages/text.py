@@ -21,6 +21,7 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.tokenizer import Tokenizer, train_word_tokenizer
 from longlive_jax.toy import data as toy_data
 from longlive_jax.training import export as export_lib
+from longlive_jax.training import processes
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import TextTraining
@@ -58,9 +59,11 @@ def train(config: TextTraining, *, resume: Resume = "never", is_quiet: bool = Fa
             state, metrics = step_fn(state, batch)
             session.after(step, state, metrics, frames=0)
             if session.is_evaluation_due(step):
-                session.evaluated(step, evaluate(config, encoder, tokenizer, state.networks[PART].best))
-            if session.is_export_due(step):
-                folder = export(config, state.networks[PART].best)
+                params = processes.to_host(state.networks[PART].best)
+                session.evaluated(step, evaluate(config, encoder, tokenizer, params))
+            if session.is_early_export_due(step):
+                export(config, state.networks[PART].best)
+        folder = export(config, state.networks[PART].best)
         return session.finish(export=str(folder))
 
 
@@ -71,10 +74,7 @@ def make_tokenizer(config: TextTraining) -> Tokenizer:
         train_word_tokenizer(
             worlds.caption_table(), vocab_size=config.model.text_encoder.vocab_size, path=file
         )
-    if jax.process_count() > 1:
-        from jax.experimental import multihost_utils
-
-        multihost_utils.sync_global_devices("tokenizer")
+    processes.sync("tokenizer")
     return Tokenizer.from_file(file, config.model.text_encoder)
 
 

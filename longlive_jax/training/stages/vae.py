@@ -28,6 +28,7 @@ from longlive_jax.models.vae import WanVAE
 from longlive_jax.toy import data as toy_data
 from longlive_jax.toy.renderer import BACKGROUND_TABLE
 from longlive_jax.training import export as export_lib
+from longlive_jax.training import processes
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import VAETraining
@@ -36,6 +37,8 @@ from longlive_jax.training.state import Metrics, TrainState
 from longlive_jax.types import Array, Params, PRNGKey
 
 PART = "vae"
+
+_ENCODER = ("encoder", "quant")
 
 _SPRITE_DISTANCE = 0.3  # of a sprite's pixel from its background in some channel, in [-1, 1] units
 
@@ -50,17 +53,21 @@ def train(config: VAETraining, *, resume: Resume = "never", is_quiet: bool = Fal
     )
     step_fn = jax.jit(functools.partial(train_step, config, vae), donate_argnums=0)
     with Session(config, resume=resume, is_quiet=is_quiet) as session:
-        state = sharding.init_sharded(functools.partial(init, config, vae), start_params(config), mesh=mesh)
+        start, frozen = start_params(config)
+        state = sharding.init_sharded(functools.partial(init, config, vae), start, mesh=mesh)
+        frozen = sharding.place(frozen, mesh)
         state = session.start(state, clips)
         for step in session.steps():
             batch = next(clips)
             batch = sharding.place_batch({name: batch[name] for name in ("video", "attributes")}, mesh)
-            state, metrics = step_fn(state, batch)
+            state, metrics = step_fn(state, frozen, batch)
             session.after(step, state, metrics, frames=config.data.batch_size * video_frames)
             if session.is_evaluation_due(step):
-                session.evaluated(step, evaluate(config, state.networks[PART].best))
-            if session.is_export_due(step):
-                folder = export(config, state.networks[PART].best)
+                params = processes.to_host({**frozen, **state.networks[PART].best})
+                session.evaluated(step, *evaluate(config, params))
+            if session.is_early_export_due(step):
+                export(config, processes.to_host({**frozen, **state.networks[PART].best}))
+        folder = export(config, processes.to_host({**frozen, **state.networks[PART].best}))
         return session.finish(export=str(folder))
 
 
@@ -71,12 +78,15 @@ def training_vae(model: PipelineConfig) -> WanVAE:
     return WanVAE(plain, dtype=jnp.dtype(model.dtype))
 
 
-def start_params(config: VAETraining) -> Params | None:
-    """The base's VAE, if there is one."""
+def start_params(config: VAETraining) -> tuple[Params | None, Params]:
+    """What is trained of the base's VAE (None without a base), and what is not ({} if all is)."""
     if not config.base:
-        return None
+        return None, {}
     base = checkpoint.open_checkpoint(config.base)
-    return base.load(PART, dtype=np.float32, expect=expected_tree(PART, config.model))
+    params = base.load(PART, dtype=np.float32, expect=expected_tree(PART, config.model))
+    kept = _ENCODER if config.vae.trained == "decoder" else ()
+    trained = {name: tree for name, tree in params.items() if name not in kept}
+    return trained, {name: params[name] for name in kept}
 
 
 def init(config: VAETraining, vae: WanVAE, start: Params | None) -> TrainState:
@@ -109,11 +119,11 @@ def as_image_model(params: Params) -> Params:
 
 
 def train_step(
-    config: VAETraining, vae: WanVAE, state: TrainState, batch: dict[str, Array]
+    config: VAETraining, vae: WanVAE, state: TrainState, frozen: Params, batch: dict[str, Array]
 ) -> tuple[TrainState, Metrics]:
     """One update on `{"video" [B, V, Y, X, 3], "attributes" [B, 4]}`."""
     network = state.networks[PART]
-    loss = functools.partial(loss_fn, config, vae)
+    loss = functools.partial(loss_fn, config, vae, frozen)
     grads, metrics = states.gradients(
         loss, network.params, batch, state.step_key(), micro_batches=config.run.micro_batches
     )
@@ -122,10 +132,15 @@ def train_step(
 
 
 def loss_fn(
-    config: VAETraining, vae: WanVAE, params: Params, batch: dict[str, Array], key: PRNGKey
+    config: VAETraining,
+    vae: WanVAE,
+    frozen: Params,
+    trained: Params,
+    batch: dict[str, Array],
+    key: PRNGKey,
 ) -> tuple[Array, Metrics]:
     """Weighted error of the pixels, and the size of the latents."""
-    video = batch["video"]
+    params, video = {**frozen, **trained}, batch["video"]
     latents = encode(vae, params, video)
     noise = jax.random.normal(key, latents.shape) * config.vae.latent_noise
     error = decode(vae, params, latents + noise) - video  # [B, V, Y, X, 3]
@@ -178,19 +193,25 @@ def decode(vae: WanVAE, params: Params, latents: Array) -> Array:
     return result
 
 
-def evaluate(config: VAETraining, params: Params) -> dict[str, float]:
-    """What is left of clips of unseen combinations after encoding and decoding, as a stream."""
+def evaluate(config: VAETraining, params: Params) -> tuple[dict[str, float], np.ndarray]:
+    """What is left of clips of unseen combinations after encoding and decoding, as a stream.
+
+    Returns:
+      Scores by name, and the originals with the reconstructions on their right `[B, V, Y, 2 X, 3]`.
+    """
     world, settings = worlds.world_of(config.model), config.evaluation
     scenes = worlds.held_out_scenes(world, clips=settings.clips, seed=settings.seed)
     frames = config.model.vae.video_frames(settings.frames)
-    vae, decoded, squared = training_vae(config.model), [], []
+    vae, original, decoded = training_vae(config.model), [], []
     for at in range(0, settings.clips, settings.batch_size):
         video = toy.render(world, scenes[slice(at, at + settings.batch_size)], frames=frames)
+        original.append(np.asarray(video))
         decoded.append(np.asarray(_round_trip(vae, params, video)))
-        squared.append(np.mean(np.square(decoded[-1] - video)))
-    scores = worlds.adherence(world, np.concatenate(decoded), scenes.codes)
+    before, after = np.concatenate(original), np.concatenate(decoded)
+    scores = worlds.adherence(world, after, scenes.codes)
     # The peak-to-peak range of [-1, 1] is 2.
-    return scores | {"psnr": float(10 * np.log10(4 / np.mean(squared)))}
+    scores["psnr"] = float(10 * np.log10(4 / np.mean(np.square(after - before))))
+    return scores, np.concatenate([before, after], axis=3)
 
 
 def statistics(config: VAETraining, params: Params) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -1,0 +1,58 @@
+"""The toy student in four steps: self-forcing distillation of single clips, with window and sink.
+
+    longlive train configs/toy/init.py
+
+Needs runs/toy/causal_init/export and, as the teacher, runs/toy/teacher_3/export.
+"""
+
+from longlive_jax.config import preset
+from longlive_jax.training import presets
+from longlive_jax.training.config import (
+    EvaluationConfig,
+    InitTraining,
+    OptimizerConfig,
+    PromptsConfig,
+    RunConfig,
+    ScoresConfig,
+)
+from longlive_jax.training.losses import DMDConfig
+
+BETAS = (0.0, 0.999)
+
+
+def get_config() -> InitTraining:
+    return InitTraining(
+        model=preset("toy"),
+        run=RunConfig(
+            folder="runs/toy/init", steps=600, eval_every=150, checkpoint_every=30, export_every=150
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-4,
+            schedule="constant",
+            warmup_steps=10,
+            betas=BETAS,
+            clip_norm=10.0,
+            ema_decay=0.97,
+        ),
+        critic_optimizer=OptimizerConfig(
+            learning_rate=4e-4, schedule="constant", warmup_steps=10, betas=BETAS, clip_norm=10.0
+        ),
+        data=PromptsConfig(batch_size=8),
+        base="runs/toy/causal_init/export",
+        dmd=DMDConfig(guidance=0.0, shift=3.0, score_shift=3.0),
+        scores=ScoresConfig(teacher="runs/toy/teacher_3/export", critic_updates=3, dtype="float32"),
+        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
+    )
+
+
+def smoke(config: InitTraining) -> InitTraining:
+    changes = {
+        "data.batch_size": 8,
+        "critic_optimizer.warmup_steps": 0,
+        "scores.teacher": "runs/smoke/teacher_3/export",
+        "rollout.clip_frames": 6,
+        "model.window.window_frames": 6,
+        "model.window.sink_frames": 3,
+        "evaluation.frames": 6,
+    }
+    return presets.smoke(config, changes)

@@ -1,0 +1,65 @@
+"""The toy model as it ships: streaming long tuning on sequences of 240 latent frames, with a LoRA.
+
+    longlive train configs/toy/long.py
+
+Needs runs/toy/init/export and, as the teacher, runs/toy/teacher_3/export.
+"""
+
+from longlive_jax.config import preset
+from longlive_jax.training import presets
+from longlive_jax.training.config import (
+    EvaluationConfig,
+    LongTraining,
+    LoRAConfig,
+    OptimizerConfig,
+    PromptsConfig,
+    RunConfig,
+    ScoresConfig,
+    StreamingConfig,
+)
+from longlive_jax.training.losses import DMDConfig
+
+BETAS = (0.0, 0.999)
+
+
+def get_config() -> LongTraining:
+    return LongTraining(
+        model=preset("toy"),
+        run=RunConfig(
+            folder="runs/toy/long", steps=600, eval_every=150, checkpoint_every=30, export_every=150
+        ),
+        optimizer=OptimizerConfig(
+            learning_rate=2e-4,
+            schedule="constant",
+            warmup_steps=10,
+            betas=BETAS,
+            clip_norm=10.0,
+            ema_decay=0.97,
+        ),
+        critic_optimizer=OptimizerConfig(
+            learning_rate=4e-4, schedule="constant", warmup_steps=10, betas=BETAS, clip_norm=10.0
+        ),
+        data=PromptsConfig(batch_size=8),
+        base="runs/toy/init/export",
+        dmd=DMDConfig(guidance=0.0, shift=3.0, score_shift=3.0),
+        scores=ScoresConfig(teacher="runs/toy/teacher_3/export", critic_updates=3, dtype="float32"),
+        lora=LoRAConfig(rank=32),
+        streaming=StreamingConfig(),
+        evaluation=EvaluationConfig(clips=16, frames=63, batch_size=8, metric="all", better="max"),
+    )
+
+
+def smoke(config: LongTraining) -> LongTraining:
+    changes = {
+        "data.batch_size": 8,
+        "critic_optimizer.warmup_steps": 0,
+        "scores.teacher": "runs/smoke/teacher_3/export",
+        "lora.rank": 4,
+        "rollout.clip_frames": 6,
+        "model.window.window_frames": 6,
+        "streaming.sequence_frames": 18,
+        "streaming.new_frames": (3,),
+        "streaming.switch_frames": (6, 9, 12),
+        "evaluation.frames": 6,
+    }
+    return presets.smoke(config, changes)

@@ -1,0 +1,395 @@
+"""Distribution matching distillation: the one step of the generator and the one of the critic.
+
+Both begin alike: the generator rolls out the next clip of a sequence, without gradient. The critic
+then learns to tell the noise in that clip; the generator runs its exit steps again with gradient
+and is moved to where teacher and critic disagree less. Stage `init` makes a new sequence for every step,
+as long as one clip. Stage `long` carries sequences from step to step, in `TrainState.extra`.
+
+With a LoRA the trained parameters are its own, and the frozen weights they are added to are an
+argument (`Given`). They are added in float32 before a step begins, so a step runs the very weights
+that inference does, rounding included.
+
+Source: LongLive `trainer/distillation.py`, `model/dmd.py`, `model/streaming_training.py` (v1.0).
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import lora, sharding
+from longlive_jax.config import PipelineConfig
+from longlive_jax.inference.pipeline import transformer_of, vae_of
+from longlive_jax.inference.rollout import Generator
+from longlive_jax.models.transformer import Transformer
+from longlive_jax.models.vae import WanVAE
+from longlive_jax.training import losses
+from longlive_jax.training import state as states
+from longlive_jax.training.config import DistillTraining, LongTraining
+from longlive_jax.training.losses import ScoreFn
+from longlive_jax.training.rollout import Rollout, SelfForcing, Sequence, Switch, draw_exit_steps
+from longlive_jax.training.state import Metrics, TrainState
+from longlive_jax.training.streaming import Streaming
+from longlive_jax.types import Array, Params, PRNGKey, pytree
+
+GENERATOR, CRITIC = "generator", "critic"
+
+
+@pytree
+class Given:
+    """What distillation reads and never changes; arguments of its programs, sharded like the rest.
+
+    Attributes:
+      teacher: the teacher's parameters.
+      bases: "generator" and "critic" to the parameters a LoRA is added to; {} where all weights train.
+      negative: `[1, M, text_dim]` embeddings of the negative prompt.
+      vae: the VAE's parameters; None where no clip overlaps with an earlier one.
+    """
+
+    teacher: Params
+    bases: dict[str, Params]
+    negative: Array
+    vae: Params | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Distillation:
+    """How a stage distils. Hashable: everything that is fixed before a program is compiled.
+
+    Attributes:
+      config: the stage's.
+      model: its model, with the latent statistics of its base.
+      mesh: where it runs.
+    """
+
+    config: DistillTraining
+    model: PipelineConfig
+    mesh: jax.sharding.Mesh
+
+    @functools.cached_property
+    def forcing(self) -> SelfForcing:
+        """How clips are generated."""
+        rollout = self.config.rollout
+        keep_sink = isinstance(self.config, LongTraining) and self.config.streaming.keep_sink
+        return SelfForcing(
+            Generator(self.student, self.model.window, self.model.sampler),
+            cache_gradient=rollout.cache_gradient,
+            text_gradient=rollout.text_gradient,
+            renoise_context=rollout.renoise_context,
+            keep_sink=keep_sink,
+        )
+
+    @functools.cached_property
+    def streaming(self) -> Streaming:
+        """How sequences are cut into clips (stage `long`)."""
+        assert isinstance(self.config, LongTraining), self.config
+        streaming = self.config.streaming
+        return Streaming(
+            self.forcing,
+            clip_frames=self.config.rollout.clip_frames,
+            new_frames=streaming.new_frames,
+            sequence_frames=streaming.sequence_frames,
+        )
+
+    @functools.cached_property
+    def student(self) -> Transformer:
+        """The module of generator and critic."""
+        return dataclasses.replace(
+            transformer_of(self.model),
+            remat=self.config.remat,
+            batch_sharding=sharding.batch_sharding(self.mesh),
+        )
+
+    @functools.cached_property
+    def teacher(self) -> Transformer:
+        """The teacher's module."""
+        return dataclasses.replace(self.student, config=self.config.teacher_transformer, remat="none")
+
+    @functools.cached_property
+    def vae(self) -> WanVAE:
+        """The VAE's module."""
+        return vae_of(self.model)
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """(h, w)."""
+        return self.model.latent_size(self.model.video.height, self.model.video.width)
+
+    def weights(self, given: Given, name: str, trained: Params) -> Params:
+        """The parameters of the generator or the critic from those under training."""
+        if name not in given.bases:
+            return trained
+        return lora.merge(given.bases[name], trained, scale=self.config.lora.scale)
+
+
+# --- sequences ------------------------------------------------------------------------------------
+
+
+def begin(distillation: Distillation, text: Array, key: PRNGKey) -> Sequence:
+    """A sequence of one clip for every prompt `[B, M, text_dim]` (stage `init`)."""
+    sequence = distillation.forcing.begin(
+        text,
+        jax.random.bits(key, text.shape[:1], jnp.uint32),
+        latent_size=distillation.latent_size,
+        history_frames=distillation.config.rollout.clip_frames,
+    )
+    return sharding.constrain(sequence, distillation.mesh)
+
+
+def begin_long(
+    distillation: Distillation, state: TrainState, text: Array, switch_text: Array | None, *, name: str
+) -> Sequence:
+    """New sequences for the update of a network (stage `long`).
+
+    Args:
+      distillation: how.
+      state: its step and key give the seeds and the switch frames.
+      text: `[B, M, text_dim]` prompts.
+      switch_text: like it, the prompts to switch to; None where nothing switches.
+      name: the network whose update needs them.
+
+    Returns:
+      What `TrainState.extra` holds: a `Sequence` with an axis of micro-batches in front,
+      `[n, B / n, ...]`, each with a switch frame of its own.
+    """
+    config = distillation.config
+    assert isinstance(config, LongTraining), config
+    parts = config.run.micro_batches
+    choices = jnp.asarray(config.streaming.switch_frames or (0,), jnp.int32)
+
+    def one(part: tuple[Array, Array | None], key: PRNGKey) -> Sequence:
+        text, switch_text = part
+        seeds_key, switch_key = jax.random.split(key)
+        switch = None
+        if switch_text is not None:
+            switch = Switch(switch_text, jax.random.choice(switch_key, choices))
+        seeds = jax.random.bits(seeds_key, text.shape[:1], jnp.uint32)
+        return distillation.streaming.begin(text, seeds, latent_size=distillation.latent_size, switch=switch)
+
+    keys = jax.random.split(jax.random.fold_in(_key(state, name), 1), parts)
+    sequences = jax.vmap(one)(states.split_rows((text, switch_text), parts), keys)
+    return sharding.constrain(sequences, distillation.mesh, prefix="extra")
+
+
+# --- steps ----------------------------------------------------------------------------------------
+
+
+def train_generator(
+    distillation: Distillation, state: TrainState, given: Given, text: Array
+) -> tuple[TrainState, Metrics]:
+    """One update of the generator on new clips for the prompts `[B, M, text_dim]` (stage `init`)."""
+    grads, metrics, _ = _over_texts(distillation, state, given, text, GENERATOR)
+    return _updated(distillation, state, GENERATOR, grads, metrics)
+
+
+def train_critic(
+    distillation: Distillation, state: TrainState, given: Given, text: Array
+) -> tuple[TrainState, Metrics]:
+    """One update of the critic, and the end of a step; like `train_generator`."""
+    grads, metrics, _ = _over_texts(distillation, state, given, text, CRITIC)
+    return _updated(distillation, state, CRITIC, grads, metrics)
+
+
+def train_generator_long(
+    distillation: Distillation, state: TrainState, given: Given, *, new_frames: int
+) -> tuple[TrainState, Metrics]:
+    """One update of the generator on the next clip of the sequences in `state.extra` (stage `long`)."""
+    grads, metrics, sequences = _over_sequences(distillation, state, given, GENERATOR, new_frames)
+    state = dataclasses.replace(state, extra=sequences)
+    return _updated(distillation, state, GENERATOR, grads, metrics)
+
+
+def train_critic_long(
+    distillation: Distillation, state: TrainState, given: Given, *, new_frames: int
+) -> tuple[TrainState, Metrics]:
+    """One update of the critic on the clip after, and the end of a step; like `train_generator_long`."""
+    grads, metrics, sequences = _over_sequences(distillation, state, given, CRITIC, new_frames)
+    state = dataclasses.replace(state, extra=sequences)
+    return _updated(distillation, state, CRITIC, grads, metrics)
+
+
+def _over_texts(
+    distillation: Distillation, state: TrainState, given: Given, text: Array, name: str
+) -> tuple[Params, Metrics, None]:
+    """Mean gradients over micro-batches of one clip each."""
+    frames = distillation.config.rollout.clip_frames
+
+    def one(text: Array, key: PRNGKey) -> tuple[tuple[Params, Metrics], None]:
+        begin_key, key = jax.random.split(key)
+        sequence = begin(distillation, text, begin_key)
+        grads, metrics, _ = _gradients(distillation, state, given, sequence, key, name, frames)
+        return (grads, metrics), None
+
+    parts = distillation.config.run.micro_batches
+    keys = jax.random.split(_key(state, name), parts)
+    (grads, metrics), _ = states.averaged(one, states.split_rows(text, parts), keys)
+    return grads, metrics, None
+
+
+def _over_sequences(
+    distillation: Distillation, state: TrainState, given: Given, name: str, new_frames: int
+) -> tuple[Params, Metrics, Sequence]:
+    """Mean gradients over the micro-batches of sequences, and where the sequences stand then."""
+
+    def one(sequence: Sequence, key: PRNGKey) -> tuple[tuple[Params, Metrics], Sequence]:
+        grads, metrics, after = _gradients(distillation, state, given, sequence, key, name, new_frames)
+        return (grads, metrics), after
+
+    keys = jax.random.split(_key(state, name), distillation.config.run.micro_batches)
+    (grads, metrics), sequences = states.averaged(one, state.extra, keys)
+    return grads, metrics, sequences
+
+
+def _gradients(
+    distillation: Distillation,
+    state: TrainState,
+    given: Given,
+    sequence: Sequence,
+    key: PRNGKey,
+    name: str,
+    new_frames: int,
+) -> tuple[Params, Metrics, Sequence]:
+    """Rolls out the next clip of a sequence and differentiates the loss of one of the networks on it."""
+    forcing, config = distillation.forcing, distillation.config
+    exit_key, key = jax.random.split(key)
+    exits = draw_exit_steps(
+        exit_key,
+        new_frames // forcing.generator.window.block_frames,
+        len(forcing.generator.sampler.steps),
+        same_for_all_blocks=config.rollout.is_exit_shared,
+    )
+    after, rollout = forcing.roll_out(
+        distillation.weights(given, GENERATOR, state.networks[GENERATOR].params),
+        sequence,
+        exits,
+        opening=new_frames == config.rollout.clip_frames,
+        keep_context=name == GENERATOR,
+    )
+    loss_fn = _generator_loss if name == GENERATOR else _critic_loss
+    loss = functools.partial(loss_fn, distillation, state, given, rollout, key)
+    (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.networks[name].params)
+    return grads, {"loss": value, **metrics}, after
+
+
+def _generator_loss(
+    distillation: Distillation,
+    state: TrainState,
+    given: Given,
+    rollout: Rollout,
+    key: PRNGKey,
+    trained: Params,
+) -> tuple[Array, Metrics]:
+    """Distribution matching on the clip of a rollout."""
+    latents = distillation.forcing.latents(distillation.weights(given, GENERATOR, trained), rollout)
+    clip, mask = _clip(distillation, given, rollout, latents)
+    timesteps, noise = _noise(distillation, key, clip)
+    critic = distillation.weights(given, CRITIC, state.networks[CRITIC].params)
+    negative = jnp.broadcast_to(given.negative, rollout.text.shape)
+    loss, report = losses.dmd_loss(
+        distillation.config.dmd,
+        clip,
+        timesteps,
+        noise,
+        critic=score(distillation.student, critic, rollout.text),
+        teacher=score(distillation.teacher, given.teacher, rollout.text),
+        teacher_uncond=score(distillation.teacher, given.teacher, negative),
+        mask=mask,
+    )
+    return loss, {
+        "dmd_gradient": jnp.mean(jnp.abs(report.gradient)),
+        "teacher_distance": jnp.mean(report.normalizer),
+        "exit_step": jnp.mean(rollout.exit_steps.astype(jnp.float32)),
+        "clip_std": jnp.std(jax.lax.stop_gradient(latents)),
+    }
+
+
+def _critic_loss(
+    distillation: Distillation,
+    state: TrainState,
+    given: Given,
+    rollout: Rollout,
+    key: PRNGKey,
+    trained: Params,
+) -> tuple[Array, Metrics]:
+    """Flow matching on the clip of a rollout."""
+    clip, mask = _clip(distillation, given, rollout, rollout.latents)
+    timesteps, noise = _noise(distillation, key, clip)
+    critic = distillation.weights(given, CRITIC, trained)
+    loss = losses.critic_loss(
+        distillation.config.dmd,
+        clip,
+        timesteps,
+        noise,
+        critic=score(distillation.student, critic, rollout.text),
+        mask=mask,
+    )
+    return loss, {}
+
+
+def score(transformer: Transformer, params: Params, text: Array) -> ScoreFn:
+    """A bidirectional model under the prompts `[B, M, text_dim]`, as the losses ask for it."""
+    context = transformer.apply({"params": params}, text, method="text_context")
+
+    def velocity(noisy: Array, timesteps: Array) -> Array:
+        result: Any = transformer.apply({"params": params}, noisy, timesteps, context)
+        return result[0]
+
+    return velocity
+
+
+def _clip(
+    distillation: Distillation, given: Given, rollout: Rollout, latents: Array
+) -> tuple[Array, Array | None]:
+    """The clip that is scored, and the frames that count."""
+    if not isinstance(distillation.config, LongTraining):
+        return latents, None
+    vae, vae_params = distillation.vae, given.vae
+    assert vae_params is not None, given.vae
+
+    def decode(latents: Array) -> Array:
+        video: Any = vae.apply({"params": vae_params}, latents, method="decode")
+        return video
+
+    def encode(video: Array) -> Array:
+        found: Any = vae.apply({"params": vae_params}, video, method="encode")
+        return found
+
+    return distillation.streaming.clip(rollout, latents, decode=decode, encode=encode)
+
+
+def _noise(distillation: Distillation, key: PRNGKey, clip: Array) -> tuple[Array, Array]:
+    """Timesteps `[B]` and noise like the clip."""
+    time_key, noise_key = jax.random.split(key)
+    timesteps = losses.draw_timesteps(distillation.config.dmd, time_key, clip.shape[0])
+    return timesteps, jax.random.normal(noise_key, clip.shape)
+
+
+def _updated(
+    distillation: Distillation, state: TrainState, name: str, grads: Params, metrics: Metrics
+) -> tuple[TrainState, Metrics]:
+    """The state after an update; the critic's is the last one of a step."""
+    config = distillation.config
+    is_generator = name == GENERATOR
+    optimizer = config.optimizer if is_generator else config.critic_optimizer
+    steps = config.generator_updates if is_generator else config.run.steps
+    network, more = states.update(state.networks[name], grads, optimizer, steps=steps)
+    step = state.step if is_generator else state.step + 1
+    state = dataclasses.replace(state, step=step, networks={**state.networks, name: network})
+    prefix = "generator_" if is_generator else ""
+    return state, {f"{prefix}{key}": value for key, value in (metrics | more).items()}
+
+
+def host_random(seed: int, step: int, name: str) -> np.random.Generator:
+    """The random numbers of an update that decide which program runs; the same in every process."""
+    return np.random.default_rng((seed, step, _STREAMS[name]))
+
+
+_STREAMS = {GENERATOR: 0, CRITIC: 1}
+
+
+def _key(state: TrainState, name: str) -> PRNGKey:
+    """The random key of an update in the step to come."""
+    return jax.random.fold_in(state.step_key(), _STREAMS[name])

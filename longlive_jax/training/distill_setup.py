@@ -1,0 +1,207 @@
+"""What a distillation stage loads before its first step, and where on the mesh it goes."""
+
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from longlive_jax import checkpoint, lora, sharding, toy
+from longlive_jax.checkpoint import Checkpoint
+from longlive_jax.config import PipelineConfig
+from longlive_jax.convert.shapes import expected_tree
+from longlive_jax.errors import UserError, require
+from longlive_jax.inference.pipeline import text_encoder_of, transformer_of
+from longlive_jax.models.tokenizer import Tokenizer
+from longlive_jax.training import distill
+from longlive_jax.training import export as export_lib
+from longlive_jax.training import state as states
+from longlive_jax.training import world as worlds
+from longlive_jax.training.config import DistillTraining, LongTraining
+from longlive_jax.training.distill import CRITIC, GENERATOR, Distillation, Given
+from longlive_jax.training.evaluation import Evaluator
+from longlive_jax.training.export import base_model
+from longlive_jax.training.prompts import TextEmbedder, read_prompts
+from longlive_jax.training.rollout import Sequence
+from longlive_jax.training.state import TrainState
+from longlive_jax.types import Array, Params
+
+NEEDS = ("transformer", "text_encoder", "vae")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """Everything a stage holds beside its state.
+
+    Attributes:
+      distillation: what its programs are compiled for.
+      given: their frozen arguments, on the mesh.
+      vae_params: the VAE's.
+      embed: tokens to embeddings.
+      tokenizer: prompts to tokens.
+      starts: "generator" and "critic" to the parameters their training begins with (their LoRAs' are
+        made by `init_state`).
+    """
+
+    distillation: Distillation
+    given: Given
+    vae_params: Params
+    embed: TextEmbedder
+    tokenizer: Tokenizer
+    starts: dict[str, Params]
+
+
+def load(config: DistillTraining, mesh: jax.sharding.Mesh) -> Setup:
+    """Loads student, critic, teacher, text encoder and VAE of a config's checkpoints.
+
+    Raises:
+      UserError: one of them is missing or of another shape.
+    """
+    base = checkpoint.open_checkpoint(config.base)
+    apart = [name for name in ("lora", "critic_lora") if name in base.parts]
+    require(not apart, f"base={config.base} keeps a {' and a '.join(apart)} apart; merge it first")
+    model = base_model(config, base)
+    encoder = text_encoder_of(model)
+    text = base.load("text_encoder", dtype=model.dtype, expect=expected_tree("text_encoder", model))
+    tokenizer = Tokenizer.from_file(base.tokenizer_path, model.text_encoder)
+    embed = TextEmbedder(encoder, sharding.place(text, mesh), mesh)
+    starts = {
+        GENERATOR: base.load("transformer", expect=expected_tree("transformer", model)),
+        CRITIC: _load_critic(config, model, base),
+    }
+    bases = {name: _placed(starts.pop(name), config.scores.dtype, mesh) for name in adapted(config)}
+    vae = sharding.place(base.load("vae", dtype=model.dtype, expect=expected_tree("vae", model)), mesh)
+    given = Given(
+        teacher=_placed(_load_teacher(config, model), config.scores.dtype, mesh),
+        bases=bases,
+        negative=embed.prompts(tokenizer, [config.scores.negative_prompt]),
+        vae=vae if isinstance(config, LongTraining) else None,
+    )
+    starts = {name: _placed(params, "float32", mesh) for name, params in starts.items()}
+    return Setup(Distillation(config, model, mesh), given, vae, embed, tokenizer, starts)
+
+
+def adapted(config: DistillTraining) -> tuple[str, ...]:
+    """The networks that are trained by way of a LoRA."""
+    if not config.lora.rank:
+        return ()
+    return (GENERATOR, CRITIC) if config.lora.is_critic_adapted else (GENERATOR,)
+
+
+def init_state(setup: Setup) -> TrainState:
+    """The state before the first step, on the mesh; of stage `long` with sequences that are at their end."""
+    distillation, mesh = setup.distillation, setup.distillation.mesh
+    return sharding.init_sharded(
+        functools.partial(make_state, distillation), setup.given.bases, setup.starts, mesh=mesh
+    )
+
+
+def make_state(distillation: Distillation, bases: dict[str, Params], starts: dict[str, Params]) -> TrainState:
+    """`init_state`, as a function of arrays (or of their shapes)."""
+    config, networks = distillation.config, {}
+    for index, name in enumerate((GENERATOR, CRITIC)):
+        params = starts.get(name)
+        if params is None:
+            key = jax.random.fold_in(jax.random.key(config.run.seed), index)
+            params = lora.init(key, bases[name], rank=config.lora.rank)
+        is_generator = name == GENERATOR
+        optimizer = config.optimizer if is_generator else config.critic_optimizer
+        steps = config.generator_updates if is_generator else config.run.steps
+        networks[name] = states.init_network(params, optimizer, steps=steps)
+    state = states.init_state(networks, config.run)
+    if not isinstance(config, LongTraining):
+        return state
+    return dataclasses.replace(state, extra=_finished_sequences(distillation, state))
+
+
+def _finished_sequences(distillation: Distillation, state: TrainState) -> Sequence:
+    """Sequences at their end: a run's first step begins new ones."""
+    config, encoder = distillation.config, distillation.model.text_encoder
+    assert isinstance(config, LongTraining), config
+    text = jnp.zeros((config.data.batch_size, encoder.text_len, encoder.dim), distillation.model.dtype)
+    switch = text if config.streaming.switch_frames else None
+    sequences = distill.begin_long(distillation, state, text, switch, name=GENERATOR)
+    return dataclasses.replace(
+        sequences, frame=jnp.full_like(sequences.frame, config.streaming.sequence_frames)
+    )
+
+
+def student_params(setup: Setup, state: TrainState) -> Params:
+    """The averaged generator, its LoRA merged."""
+    weights = functools.partial(setup.distillation.weights, name=GENERATOR)
+    best = state.networks[GENERATOR].best
+    return jax.jit(weights)(setup.given, trained=best) if setup.given.bases else best
+
+
+def evaluator(setup: Setup) -> Evaluator:
+    """Few-step videos of unseen combinations, or of the first prompts of the prompt file."""
+    distillation, config = setup.distillation, setup.distillation.config
+    settings, model = config.evaluation, distillation.model
+    if config.data.prompts:
+        prompts, codes = read_prompts(config.data.prompts)[: settings.clips], None
+    else:
+        world = worlds.world_of(model)
+        scenes = worlds.held_out_scenes(world, clips=settings.clips, seed=settings.seed)
+        prompts, codes = toy.describe_scenes(scenes), scenes.codes
+    # On one device, unlike the generator under training.
+    generator = dataclasses.replace(distillation.forcing.generator, transformer=transformer_of(model))
+
+    def sample(params: Params, text: Array, seeds: Array) -> Array:
+        state = generator.init(
+            params, text, seeds, latent_size=distillation.latent_size, total_frames=settings.frames
+        )
+        return generator.rollout(params, state, settings.frames // model.window.block_frames)[1]
+
+    text = np.asarray(setup.embed.prompts(setup.tokenizer, prompts))
+    return Evaluator(settings, model, setup.vae_params, sample, text, codes)
+
+
+def export(setup: Setup, state: TrainState) -> pathlib.Path:
+    """Writes the checkpoint directory: generator and critic, or what they are adapted from and the LoRAs."""
+    config = setup.distillation.config
+    base = checkpoint.open_checkpoint(config.base)
+    parts: dict[str, Params] = {}
+    adapters: dict[str, Params] = {}
+    for name, (whole, adapter) in _EXPORTED.items():
+        params = state.networks[name].best
+        if name in setup.given.bases:
+            adapters[adapter] = params
+            if whole not in base.parts:
+                parts[whole] = setup.given.bases[name]
+        else:
+            parts[whole] = params
+    return export_lib.export(config, parts, adapters=adapters, model=setup.distillation.model)
+
+
+_EXPORTED: Mapping[str, tuple[str, str]] = {
+    GENERATOR: ("transformer", "lora"),
+    CRITIC: ("critic", "critic_lora"),
+}
+
+
+def _load_teacher(config: DistillTraining, model: PipelineConfig) -> Params:
+    teacher = checkpoint.open_checkpoint(config.scores.teacher or config.base)
+    shaped = dataclasses.replace(model, transformer=config.teacher_transformer)
+    return teacher.load("transformer", expect=expected_tree("transformer", shaped))
+
+
+def _load_critic(config: DistillTraining, model: PipelineConfig, base: Checkpoint) -> Params:
+    expected = expected_tree("transformer", model)
+    if config.scores.critic:
+        return checkpoint.open_checkpoint(config.scores.critic).load("transformer", expect=expected)
+    if "critic" in base.parts:
+        return base.load("critic", expect=expected)
+    if config.teacher_transformer != model.transformer:
+        raise UserError(
+            "scores.critic is empty and the teacher is of another shape; name the checkpoint directory of a "
+            "bidirectional model of the student's shape"
+        )
+    return _load_teacher(config, model)
+
+
+def _placed(params: Params, dtype: str, mesh: jax.sharding.Mesh) -> Params:
+    cast = jax.tree.map(lambda leaf: np.asarray(leaf, jnp.dtype(dtype)), params)
+    return sharding.place(cast, mesh)

@@ -1,0 +1,52 @@
+"""Stage `init`: the few-step causal student, by self-forcing distillation of single clips.
+
+`training.distill` has the steps; this is the loop.
+"""
+
+import functools
+from typing import Any
+
+import jax
+
+from longlive_jax.training import distill
+from longlive_jax.training import distill_setup as setups
+from longlive_jax.training import prompts as prompts_lib
+from longlive_jax.training import world as worlds
+from longlive_jax.training.config import InitTraining
+from longlive_jax.training.loop import Resume, Session, check_base, make_mesh
+from longlive_jax.training.prompts import PROMPT
+
+
+def train(config: InitTraining, *, resume: Resume = "never", is_quiet: bool = False) -> dict[str, Any]:
+    """Trains generator and critic and exports both; returns the report."""
+    check_base(config, *setups.NEEDS)
+    mesh = make_mesh(config)
+    with Session(config, resume=resume, is_quiet=is_quiet) as session:
+        setup = setups.load(config, mesh)
+        world = worlds.world_of(config.model)
+        batches = iter(
+            prompts_lib.token_batches(
+                config.data, world, setup.tokenizer, shard=worlds.shard(), with_switch=False
+            )
+        )
+        evaluator = setups.evaluator(setup)
+        train_generator, train_critic = (
+            jax.jit(functools.partial(step_fn, setup.distillation), donate_argnums=0)
+            for step_fn in (distill.train_generator, distill.train_critic)
+        )
+        state = session.start(setups.init_state(setup), batches)
+        frames = config.data.batch_size * config.model.vae.video_frames(config.rollout.clip_frames)
+        for step in session.steps():
+            metrics = {}
+            if config.is_generator_due(step):
+                text = setup.embed(next(batches))[PROMPT]
+                state, metrics = train_generator(state, setup.given, text)
+            text = setup.embed(next(batches))[PROMPT]
+            state, critic_metrics = train_critic(state, setup.given, text)
+            session.after(step, state, metrics | critic_metrics, frames=frames)
+            if session.is_evaluation_due(step):
+                videos = evaluator.videos(setups.student_params(setup, state))
+                session.evaluated(step, evaluator.scores(videos), videos)
+            if session.is_early_export_due(step):
+                setups.export(setup, state)
+        return session.finish(export=str(setups.export(setup, state)))

@@ -1,0 +1,74 @@
+"""Stage `long`: streaming long tuning, on sequences that are carried from step to step.
+
+`training.distill` has the steps; this is the loop. Every update, of the generator or of the critic,
+takes the sequences one clip further; when they are at their end, new ones begin.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from longlive_jax.training import distill
+from longlive_jax.training import distill_setup as setups
+from longlive_jax.training import prompts as prompts_lib
+from longlive_jax.training import world as worlds
+from longlive_jax.training.config import LongTraining
+from longlive_jax.training.distill import CRITIC, GENERATOR
+from longlive_jax.training.loop import Resume, Session, check_base, make_mesh
+from longlive_jax.training.prompts import PROMPT, SWITCH
+from longlive_jax.training.state import Metrics
+
+
+def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = False) -> dict[str, Any]:
+    """Trains the LoRAs (or all weights) of generator and critic and exports them; returns the report."""
+    check_base(config, *setups.NEEDS)
+    mesh = make_mesh(config)
+    with Session(config, resume=resume, is_quiet=is_quiet) as session:
+        setup = setups.load(config, mesh)
+        batches = iter(
+            prompts_lib.token_batches(
+                config.data,
+                worlds.world_of(config.model),
+                setup.tokenizer,
+                shard=worlds.shard(),
+                with_switch=bool(config.streaming.switch_frames),
+            )
+        )
+        evaluator = setups.evaluator(setup)
+        begin = jax.jit(functools.partial(distill.begin_long, setup.distillation), static_argnames="name")
+        advance = {
+            name: jax.jit(
+                functools.partial(step_fn, setup.distillation), donate_argnums=0, static_argnames="new_frames"
+            )
+            for name, step_fn in (
+                (GENERATOR, distill.train_generator_long),
+                (CRITIC, distill.train_critic_long),
+            )
+        }
+        streaming = setup.distillation.streaming
+        random = functools.partial(distill.host_random, config.run.seed)
+        state = session.start(setups.init_state(setup), batches)
+        frame = int(np.max(state.extra.frame))
+        for step in session.steps():
+            metrics: Metrics = {}
+            video_frames = 0
+            for name in (GENERATOR, CRITIC) if config.is_generator_due(step) else (CRITIC,):
+                if not streaming.choices(frame):
+                    text = setup.embed(next(batches))
+                    sequences = begin(state, text[PROMPT], text.get(SWITCH), name=name)
+                    state, frame = dataclasses.replace(state, extra=sequences), 0
+                new_frames = int(random(step, name).choice(streaming.choices(frame)))
+                state, found = advance[name](state, setup.given, new_frames=new_frames)
+                metrics |= found
+                frame += new_frames
+                video_frames += config.data.batch_size * new_frames * config.model.vae.temporal_stride
+            session.after(step, state, metrics, frames=video_frames)
+            if session.is_evaluation_due(step):
+                videos = evaluator.videos(setups.student_params(setup, state))
+                session.evaluated(step, evaluator.scores(videos), videos)
+            if session.is_early_export_due(step):
+                setups.export(setup, state)
+        return session.finish(export=str(setups.export(setup, state)))

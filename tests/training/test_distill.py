@@ -1,0 +1,202 @@
+"""Stages `init` and `long`: their steps, what they carry from one to the next, and the runs they make."""
+
+import dataclasses
+import functools
+import json
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax import checkpoint, sharding
+from longlive_jax.errors import UserError
+from longlive_jax.inference.pipeline import Pipeline
+from longlive_jax.training import distill, metrics, stages
+from longlive_jax.training import distill_setup as setups
+from longlive_jax.training.distill import CRITIC, GENERATOR
+from longlive_jax.training.loop import Interrupted
+from tests.training._runs import smoke
+
+pytestmark = pytest.mark.usefixtures("fast_programs")
+
+TIMED = ("compilations", "seconds_per_step", "frames_per_second")
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    """Stages run on one of the simulated devices: eight of them take turns on the test machine's cores."""
+    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+    monkeypatch.setattr(sharding, "make_mesh", mesh)
+
+
+def config_of(name, base, folder, **changes):
+    return smoke(name, base, folder, scores__teacher=str(base), **changes)
+
+
+def logged(folder):
+    """Every number of every step, but for those that depend on the machine's speed."""
+    lines = map(json.loads, (folder / metrics.METRICS_FILE).read_text().splitlines())
+    lines = [line for line in lines if "loss" in line]
+    return [{name: value for name, value in line.items() if name not in TIMED} for line in lines]
+
+
+def prepared(config, mesh=None):
+    setup = setups.load(config, mesh or sharding.make_mesh(data=1, fsdp=1))
+    return setup, setups.init_state(setup)
+
+
+def text_of(config, seed=0):
+    encoder = config.model.text_encoder
+    shape = (config.data.batch_size, encoder.text_len, encoder.dim)
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def changed(before, after):
+    """Whether any leaf of two trees differs."""
+    pairs = zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)
+    return any(not np.array_equal(a, b) for a, b in pairs)
+
+
+def test_init_trains_both_networks_on_their_schedule_and_exports_them(base, tmp_path):
+    config = config_of("init", base, tmp_path / "run", run__steps=4)
+    report = stages.train(config, is_quiet=True)
+    lines = logged(tmp_path / "run")
+    assert [line["step"] for line in lines if "generator_loss" in line] == [1, 4]
+    assert set(report["scores"]) >= {"shape", "all"}
+    exported, start = checkpoint.open_checkpoint(report["export"]), checkpoint.open_checkpoint(base)
+    assert set(exported.parts) == {"transformer", "critic", "text_encoder", "vae"}
+    assert changed(start.load("transformer"), exported.load("transformer"))
+    assert changed(start.load("transformer"), exported.load("critic"))
+    assert not changed(start.load("vae"), exported.load("vae"))
+    Pipeline.load(report["export"])
+
+
+@pytest.fixture(scope="module")
+def whole_long_run(base, tmp_path_factory, fast_programs):
+    """Eleven steps over two sequences and the beginning of a third, uninterrupted."""
+    folder = tmp_path_factory.mktemp("long") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
+        report = stages.train(config_of("long", base, folder, run__steps=11), is_quiet=True)
+    return folder, report
+
+
+def test_long_exports_loras_beside_what_they_adapt(base, whole_long_run):
+    _, report = whole_long_run
+    exported, start = checkpoint.open_checkpoint(report["export"]), checkpoint.open_checkpoint(base)
+    assert set(exported.parts) == {"transformer", "critic", "lora", "critic_lora", "text_encoder", "vae"}
+    assert not changed(start.load("transformer"), exported.load("transformer"))
+    assert (exported.parts["lora"].rank, exported.parts["lora"].alpha) == (4, 4)
+    assert changed(Pipeline.load(report["export"]).params, Pipeline.load(base).params)
+
+
+def test_programs_are_compiled_once_wherever_the_sequence_stands(whole_long_run):
+    """By step 7 both networks have opened a sequence and gone on with one; positions are no programs."""
+    folder, _ = whole_long_run
+    lines = map(json.loads, (folder / metrics.METRICS_FILE).read_text().splitlines())
+    counts = {line["step"]: line["compilations"] for line in lines if "loss" in line}
+    assert counts[7] > counts[1] > 0
+    assert counts[7] == counts[10]
+
+
+def test_a_sequence_in_flight_is_resumed_bit_for_bit(base, whole_long_run, tmp_path, monkeypatch):
+    tick = metrics.Log.tick
+
+    def interrupted(self, step, frames):
+        tick(self, step, frames)
+        if step == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    config = config_of("long", base, tmp_path / "run", run__steps=11, run__checkpoint_every=100)
+    with monkeypatch.context() as patch:
+        patch.setattr(metrics.Log, "tick", interrupted)
+        with pytest.raises(Interrupted):
+            stages.train(config, is_quiet=True)
+    report = stages.train(config, resume="auto", is_quiet=True)
+    assert report["resumed_at"] == 5
+    assert logged(tmp_path / "run") == logged(whole_long_run[0])
+
+
+@pytest.mark.parametrize("name", ["init", pytest.param("long", marks=pytest.mark.slow)])
+def test_eight_devices_train_like_one(name, base, tmp_path):
+    """Losses agree to 1e-4 relative, the rollout's blocks feeding on each other's rounding."""
+    config = config_of(name, base, tmp_path / "run")
+
+    def run(mesh):
+        setup, state = prepared(config, mesh)
+        text, seen = sharding.place_batch({"prompt": text_of(config)}, mesh)["prompt"], []
+        if name == "long":
+            begin = jax.jit(distill.begin_long, static_argnums=0, static_argnames="name")
+            sequences = begin(setup.distillation, state, text, text, name=GENERATOR)
+            state = dataclasses.replace(state, extra=sequences)
+        for network in (GENERATOR, CRITIC):
+            step = getattr(distill, f"train_{network}" + ("_long" if name == "long" else ""))
+            more = {"new_frames": config.rollout.clip_frames if network == GENERATOR else 3}
+            if name == "long":
+                run_step = jax.jit(functools.partial(step, setup.distillation, **more), donate_argnums=0)
+                state, values = run_step(state, setup.given)
+            else:
+                run_step = jax.jit(functools.partial(step, setup.distillation), donate_argnums=0)
+                state, values = run_step(state, setup.given, text)
+            seen.append(metrics.as_floats(values))
+        return seen
+
+    one = run(sharding.make_mesh(data=1, fsdp=1))
+    eight = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 4), sharding.AXES)
+    for a, b in zip(one, run(eight), strict=True):
+        assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
+
+
+def test_a_critic_that_is_the_teacher_leaves_the_generator_alone(base, tmp_path):
+    """The gradient is the difference of their estimates; with guidance they differ again."""
+    for guidance, moved in ((0.0, False), (1.0, True)):
+        config = config_of("init", base, tmp_path / "run", dmd__guidance=guidance)
+        setup, state = prepared(config)
+        step = jax.jit(functools.partial(distill.train_generator, setup.distillation))
+        _, values = step(state, setup.given, text_of(config))
+        assert (float(values["generator_dmd_gradient"]) > 1e-4) is moved
+
+
+def test_micro_batches_are_sequences_of_their_own(base, tmp_path):
+    config = config_of("long", base, tmp_path / "run", run__micro_batches=2, data__batch_size=8)
+    setup, state = prepared(config)
+    text = text_of(config)
+    begin = jax.jit(distill.begin_long, static_argnums=0, static_argnames="name")
+    sequences = begin(setup.distillation, state, text, -text, name=CRITIC)
+    assert sequences.history.shape[:2] == (2, 4)
+    np.testing.assert_array_equal(sequences.text[1], text[1::2])
+    np.testing.assert_array_equal(sequences.switch.text[0], -text[::2])
+    assert len(np.unique(sequences.seeds)) == 8
+    step = functools.partial(distill.train_critic_long, setup.distillation, new_frames=6)
+    after, values = jax.jit(step)(dataclasses.replace(state, extra=sequences), setup.given)
+    np.testing.assert_array_equal(after.extra.frame, [6, 6])
+    assert np.isfinite(values["loss"])
+    assert changed(state.networks[CRITIC].params, after.networks[CRITIC].params)
+    assert not changed(state.networks[GENERATOR].params, after.networks[GENERATOR].params)
+
+
+def test_computing_in_bfloat16_keeps_float32_weights(base, tmp_path):
+    config = config_of("init", base, tmp_path / "run", model__dtype="bfloat16", remat="full")
+    setup, state = prepared(config)
+    assert setup.given.teacher["head"]["proj"]["kernel"].dtype == jnp.float32  # scores.dtype of the toy
+    after, values = jax.jit(functools.partial(distill.train_critic, setup.distillation))(
+        state, setup.given, text_of(config)
+    )
+    assert np.isfinite(values["loss"])
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(after.networks[CRITIC].params)} == {"float32"}
+
+
+def test_what_does_not_fit_is_refused(base, tmp_path):
+    with pytest.raises(UserError, match=r"rollout.clip_frames=7 must be a multiple"):
+        config_of("init", base, tmp_path, rollout__clip_frames=7)
+    with pytest.raises(UserError, match=r"streaming.switch_frames=\(30,\) must lie within"):
+        config_of("long", base, tmp_path, streaming__switch_frames=(30,))
+    with pytest.raises(UserError, match=r"data.switch_prompts is empty"):
+        config_of("long", base, tmp_path, data__prompts="prompts.txt")
+    with pytest.raises(UserError, match=r"scores.critic is empty and the teacher is of another shape"):
+        setups.load(
+            smoke("init", base, tmp_path, scores__teacher_preset="tiny"),
+            sharding.make_mesh(data=1, fsdp=1),
+        )
