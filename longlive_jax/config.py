@@ -15,6 +15,7 @@ from longlive_jax.errors import UserError, require
 DType = Literal["bfloat16", "float32"]
 RopeMode = Literal["absolute", "relative"]
 SwitchPolicy = Literal["recache", "keep", "clear", "flush", "cut"]
+Prediction = Literal["v", "x0"]
 RematPolicy = Literal["none", "dots", "full"]
 """What a layer keeps for the backward pass: everything, matrix products only, or its input only."""
 AttentionImplementation = Literal["auto", "reference", "cudnn"]
@@ -55,6 +56,9 @@ class TransformerConfig:
       latent_channels: channels C of the latents, in and out.
       patch: (frames, rows, columns) of latent that become one token; frames must be 1.
       eps: epsilon of every normalisation.
+      prediction: what the network's output stands for, the velocity "v" (the released models) or the clean
+        latents "x0". The model returns a velocity in both cases. A token holds as many values as a narrow
+        model has channels, or half as many; then it cannot carry the noise that "v" asks for.
     """
 
     dim: int
@@ -67,6 +71,7 @@ class TransformerConfig:
     latent_channels: int = 16
     patch: tuple[int, int, int] = (1, 2, 2)
     eps: float = 1e-6
+    prediction: Prediction = "v"
 
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len")
@@ -369,7 +374,14 @@ PRESETS: Mapping[str, PipelineConfig] = {
     "toy": PipelineConfig(
         name="toy",
         transformer=TransformerConfig(
-            dim=128, ffn_dim=512, num_heads=2, num_layers=6, freq_dim=128, text_dim=64, text_len=16
+            dim=128,
+            ffn_dim=512,
+            num_heads=2,
+            num_layers=6,
+            freq_dim=128,
+            text_dim=64,
+            text_len=16,
+            prediction="x0",
         ),
         text_encoder=TextEncoderConfig(
             vocab_size=32, dim=64, attn_dim=64, ffn_dim=128, num_heads=4, num_layers=2, text_len=16

@@ -70,7 +70,14 @@ def export(
         for part in ("lora", "critic_lora")
         if layout == "lora" and part in opened.parts
     ]
-    return ExportReport([target], parts, notes)
+    return ExportReport([target], parts, notes + _prediction_note(opened))
+
+
+def _prediction_note(checkpoint: Checkpoint) -> list[str]:
+    """What a reader of a model of x0 must know, as the published layouts are of models of the velocity."""
+    if checkpoint.config.transformer.prediction == "v":
+        return []
+    return ["transformer: the files have no place for prediction='x0'; set it where they are loaded"]
 
 
 def _torch_contents(checkpoint: Checkpoint, layout: Layout) -> tuple[dict[str, Any], list[PartReport]]:
@@ -121,7 +128,7 @@ def _export_wan(checkpoint: Checkpoint, target: pathlib.Path, *, overwrite: bool
             (folder / _WAN_TOKENIZER).parent.mkdir(parents=True)
             storage.copy_file(checkpoint.tokenizer_path, folder / _WAN_TOKENIZER)
             files.append(_WAN_TOKENIZER)
-    return ExportReport([target / file for file in files], reports)
+    return ExportReport([target / file for file in files], reports, _prediction_note(checkpoint))
 
 
 def _wan_config(config: TransformerConfig) -> dict[str, Any]:

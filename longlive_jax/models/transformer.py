@@ -23,6 +23,7 @@ from einops import rearrange
 
 from longlive_jax.cache import BlockKV
 from longlive_jax.config import AttentionImplementation, RematPolicy, TransformerConfig
+from longlive_jax.diffusion.schedule import NUM_TIMESTEPS
 from longlive_jax.models import rope
 from longlive_jax.models.layers import MLP, LayerNorm, RMSNorm, layer_norm, timestep_embedding
 from longlive_jax.ops.windowed_attention import (
@@ -231,8 +232,15 @@ class Transformer(nn.Module):
         projected = self.time_proj(nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
         x, own = self.blocks(x, projected, rotation, text, _per_layer(context, config.num_layers))
         patches = self.head(x, time).astype(jnp.float32)
-        velocity = rearrange(patches, "b f (h w) (q r c) -> b f (h q) (w r) c", h=height, q=rows, r=columns)
-        return velocity, own
+        output = rearrange(patches, "b f (h w) (q r c) -> b f (h q) (w r) c", h=height, q=rows, r=columns)
+        return self._velocity(output, latents, timesteps), own
+
+    def _velocity(self, output: Array, latents: Array, timesteps: Array) -> Array:
+        """The velocity that the network's output stands for."""
+        if self.config.prediction == "v":
+            return output
+        sigma = jnp.maximum(timesteps / NUM_TIMESTEPS, _X0_MIN_SIGMA)[:, :, None, None, None]
+        return (latents.astype(jnp.float32) - output) / sigma
 
     def text_context(self, text: Array) -> TextContext:
         """Cross-attention keys and values of a prompt.
@@ -255,6 +263,9 @@ def init_params(transformer: Transformer, key: PRNGKey) -> Params:
     text = jnp.zeros((1, config.text_len, config.text_dim))
     return transformer.init(key, latents, jnp.zeros((1, 1)), text, method="create")["params"]
 
+
+# Below this noise level an error of x0 would make a larger and larger one of the velocity.
+_X0_MIN_SIGMA = 0.25
 
 _REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,

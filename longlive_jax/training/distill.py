@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax import lora, sharding
-from longlive_jax.config import PipelineConfig
+from longlive_jax.config import PipelineConfig, TransformerConfig
 from longlive_jax.inference.pipeline import transformer_of, vae_of
 from longlive_jax.inference.rollout import Generator
 from longlive_jax.models.transformer import Transformer
@@ -380,6 +380,30 @@ def _updated(
     state = dataclasses.replace(state, step=step, networks={**state.networks, name: network})
     prefix = "generator_" if is_generator else ""
     return state, {f"{prefix}{key}": value for key, value in (metrics | more).items()}
+
+
+def step_flops(distillation: Distillation) -> float:
+    """Model operations of an average step: the critic's update and its share of a generator's.
+
+    Both roll out a clip (on average half of the sampler's passes and one more, and the context pass). The
+    generator's update adds two scores of the teacher, one of the critic, and its own pass with gradient,
+    which counts three times; the critic's adds its own.
+    """
+    config, model = distillation.config, distillation.model
+    tokens = config.rollout.clip_frames * model.transformer.frame_len(*distillation.latent_size)
+    student, teacher = (
+        forward_flops(shape, tokens) for shape in (model.transformer, config.teacher_transformer)
+    )
+    rollout = (len(model.sampler.steps) + 1) / 2 + 1
+    generator = (rollout + 1 + 3) * student + 2 * teacher
+    critic = (rollout + 3) * student
+    return config.data.batch_size * (critic + generator / config.scores.critic_updates)
+
+
+def forward_flops(config: TransformerConfig, tokens: int) -> float:
+    """Operations of a forward pass whose tokens all attend to each other, without the text's."""
+    matrices = 6 * config.dim**2 + 2 * config.dim * config.ffn_dim  # q, k, v, o; q and o of the text; ffn
+    return 2 * tokens * config.num_layers * (matrices + 2 * config.dim * (tokens + config.text_len))
 
 
 def host_random(seed: int, step: int, name: str) -> np.random.Generator:

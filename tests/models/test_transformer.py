@@ -1,5 +1,7 @@
 """The transformer against numbers recorded from the PyTorch release (fixture A) and its own promises."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -201,3 +203,21 @@ def test_bfloat16_compute_stays_close_and_keeps_its_types(params, recorded):
     expected = recorded["out_flow"].transpose(0, 2, 3, 4, 1)
     error = np.linalg.norm(velocity - expected) / np.linalg.norm(expected)
     assert error < 0.02
+
+
+def test_a_model_of_the_clean_latents_returns_their_velocity(params):
+    """(noisy - x0) / sigma of what the same network puts out, sigma no smaller than 0.25."""
+    latents = np.random.default_rng(0).normal(size=(1, 3, 4, 6, 16)).astype(np.float32)
+    timesteps = np.array([[1000.0, 500.0, 100.0]], np.float32)
+
+    def run(config):
+        model = Transformer(config)
+        text = model.apply({"params": params}, jnp.ones((1, 16, 32)), method="text_context")
+        return np.asarray(model.apply({"params": params}, latents, timesteps, text)[0])
+
+    output = run(TINY)
+    sigma = np.array([1.0, 0.5, 0.25])[None, :, None, None, None]
+    expected = (latents - output) / sigma
+    np.testing.assert_allclose(
+        run(dataclasses.replace(TINY, prediction="x0")), expected, rtol=1e-5, atol=1e-5
+    )

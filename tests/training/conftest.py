@@ -1,7 +1,5 @@
 """What the tests of the trainer share: a checkpoint to start from, and programs that compile fast."""
 
-import os
-
 import jax
 import numpy as np
 import pytest
@@ -59,4 +57,3 @@ def fast_programs(_cache_folder):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
-    assert os.listdir(_cache_folder)  # the cache was used

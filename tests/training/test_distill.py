@@ -6,13 +6,16 @@ import json
 import signal
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from longlive_jax import checkpoint, sharding
+from longlive_jax.config import preset
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
+from longlive_jax.models.transformer import Transformer, init_params
 from longlive_jax.training import distill, metrics, stages
 from longlive_jax.training import distill_setup as setups
 from longlive_jax.training.distill import CRITIC, GENERATOR
@@ -186,6 +189,36 @@ def test_computing_in_bfloat16_keeps_float32_weights(base, tmp_path):
     )
     assert np.isfinite(values["loss"])
     assert {leaf.dtype.name for leaf in jax.tree.leaves(after.networks[CRITIC].params)} == {"float32"}
+
+
+def test_operations_of_a_forward_pass_are_those_the_compiler_counts():
+    model = dataclasses.replace(preset("tiny"), attention="reference").transformer
+    module, tokens = Transformer(model), 2 * 4 * 6
+    params = jax.eval_shape(functools.partial(init_params, module), jax.random.key(0))
+    shapes = [
+        jax.ShapeDtypeStruct(shape, jnp.float32)
+        for shape in ((1, 2, 8, 12, 16), (1, 1), (1, model.text_len, model.text_dim))
+    ]
+
+    def forward(params, latents, timesteps, text):
+        context = module.apply({"params": params}, text, method="text_context")
+        return module.apply({"params": params}, latents, timesteps, context)
+
+    def dots(jaxpr, times=1):
+        """Operations of the matrix products, those of a scan's body as often as it runs."""
+        total = 0
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "dot_general":
+                ((summed, _), _), left = equation.params["dimension_numbers"], equation.invars[0].aval
+                sums = np.prod([left.shape[axis] for axis in summed])
+                total += 2 * times * np.prod(equation.outvars[0].aval.shape) * sums
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                total += dots(inner, times * equation.params.get("length", 1))
+        return total
+
+    counted = dots(jax.make_jaxpr(forward)(params, *shapes).jaxpr)
+    text = 2 * model.text_len * model.dim * (model.dim + model.text_dim + 2 * model.num_layers * model.dim)
+    assert distill.forward_flops(model, tokens) + text == pytest.approx(counted, rel=0.1)
 
 
 def test_what_does_not_fit_is_refused(base, tmp_path):

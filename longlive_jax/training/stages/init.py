@@ -35,6 +35,7 @@ def train(config: InitTraining, *, resume: Resume = "never", is_quiet: bool = Fa
             for step_fn in (distill.train_generator, distill.train_critic)
         )
         state = session.start(setups.init_state(setup), batches)
+        session.flops = distill.step_flops(setup.distillation)
         frames = config.data.batch_size * config.model.vae.video_frames(config.rollout.clip_frames)
         for step in session.steps():
             metrics = {}

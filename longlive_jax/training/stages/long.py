@@ -51,6 +51,7 @@ def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = Fa
         streaming = setup.distillation.streaming
         random = functools.partial(distill.host_random, config.run.seed)
         state = session.start(setups.init_state(setup), batches)
+        session.flops = distill.step_flops(setup.distillation)
         frame = int(np.max(state.extra.frame))
         for step in session.steps():
             metrics: Metrics = {}
