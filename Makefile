@@ -6,12 +6,20 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
+
+# The toy recipe in order: every run begins with the export of the one before it (docs/training.md).
+TOY_RUNS := vae_images vae vae_decoder text teacher_images teacher_1 teacher_2 teacher_3 causal_init init long
+# Where `make toy-bundle` finds them.
+TOY ?= runs/toy
+
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo test test-slow test-gpu lint format clean
+.PHONY: help demo toy toy-bundle test test-slow test-gpu lint format clean
 
 help:
 	@echo "make demo       create the environment, generate a video, say where it is"
+	@echo "make toy        train the toy model, every stage in order; goes on where it was stopped"
+	@echo "make toy-bundle store, measure and describe it as the model that comes with the package"
 	@echo "make test       lint, types and the test suite (no GPU; under 20 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-gpu   the tests that need a GPU"
@@ -33,6 +41,20 @@ $(VENV)/.dev: pyproject.toml | $(BIN)/python
 
 demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py outputs/demo
+
+# A finished run has a report, and is not touched again.
+toy: $(VENV)/.demo
+	@for run in $(TOY_RUNS); do \
+	  test -f runs/toy/$$run/report.json || \
+	  $(BIN)/longlive train configs/toy/$$run.py --resume auto || exit $$?; \
+	done
+
+# What is measured is what is shipped. Goes on where it was stopped, like the training.
+toy-bundle: $(VENV)/.demo
+	$(BIN)/python -m longlive_jax.toy.bundle weights $(TOY)/$(lastword $(TOY_RUNS))/export
+	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export \
+	  --compare float32=$(TOY)/$(lastword $(TOY_RUNS))/export
+	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs $(TOY)
 
 test: lint $(VENV)/.dev
 	$(PYTEST)

@@ -49,9 +49,9 @@ def side_by_side(ours: Callable[[], Any], theirs: Callable[[], Any], *, repeats:
     theirs()
     pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
     return {
-        "ours_seconds": _summary([a for a, _ in pairs]),
-        "theirs_seconds": _summary([b for _, b in pairs]),
-        "ratio": _summary([a / b for a, b in pairs]),
+        "ours_seconds": summary([a for a, _ in pairs]),
+        "theirs_seconds": summary([b for _, b in pairs]),
+        "ratio": summary([a / b for a, b in pairs]),
         "repeats": repeats,
     }
 
@@ -62,7 +62,7 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
-def _summary(values: list[float]) -> dict[str, float]:
+def summary(values: list[float]) -> dict[str, float]:
     return {
         "median": round(statistics.median(values), 4),
         "min": round(min(values), 4),

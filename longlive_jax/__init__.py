@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from longlive_jax.inference.pipeline import Pipeline as Pipeline
     from longlive_jax.inference.story import PromptSwitch as PromptSwitch
     from longlive_jax.inference.story import Story as Story
+    from longlive_jax.session.session import Session as Session
 
     __version__: str
 
@@ -27,6 +28,7 @@ _MODULES = {
     "Pipeline": "longlive_jax.inference.pipeline",
     "PipelineConfig": "longlive_jax.config",
     "PromptSwitch": "longlive_jax.inference.story",
+    "Session": "longlive_jax.session.session",
     "Story": "longlive_jax.inference.story",
     "UserError": "longlive_jax.errors",
     "preset": "longlive_jax.config",

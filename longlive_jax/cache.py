@@ -6,7 +6,9 @@ block is finished, overwriting the oldest frames in place. So nothing is ever mo
 are always a prefix (attention does not care about their order), and a length is the only mask.
 
 Frame i of a cache that started at frame 0 lives in slot i while i < sink_frames, and in slot
-`sink + (i - sink) mod (slots - sink)` from then on. This holds for any window, sink and block.
+`sink + (i - sink) mod (slots - sink)` from then on. This holds for any window, sink and block. The ring
+counts from `ring_start`, which is the frame after the sink until a `flush` or a `resize` drops frames
+between the two.
 """
 
 import dataclasses
@@ -38,6 +40,7 @@ class KVCache:
       sink_key: `[L, B, sink, P, N, H]`, the sink's keys at their own positions, kept only where rope is
         relative: there the sink travels with the window and is turned afresh from these for each block.
       start: int32 `[B]` position of the first frame in the cache, which is the first frame of the sink.
+      ring_start: int32 `[B]` position of the first frame of the ring, in its first slot.
       end: int32 `[B]` position after the newest frame; `start == end` means empty.
       window: the geometry (static).
     """
@@ -46,6 +49,7 @@ class KVCache:
     value: Array
     sink_key: Array | None
     start: Array
+    ring_start: Array
     end: Array
     window: WindowConfig = static()
 
@@ -60,9 +64,15 @@ class KVCache:
         return min(self.window.sink_frames, self.slots)
 
     @property
+    def ring_slots(self) -> int:
+        """Slots that the latest frames take turns in."""
+        return self.slots - self.sink_slots
+
+    @property
     def length(self) -> Array:
         """int32 `[B]`, slots in use; always the first ones."""
-        return jnp.minimum(self.end - self.start, self.slots)
+        in_sink = jnp.minimum(self.end - self.start, self.sink_slots)
+        return in_sink + jnp.clip(self.end - self.ring_start, 0, self.ring_slots)
 
 
 def init(
@@ -96,6 +106,7 @@ def init(
         value=jnp.zeros(shape, dtype),
         sink_key=jnp.zeros(sink_shape, dtype) if has_moving_sink else None,
         start=jnp.zeros(batch, jnp.int32),
+        ring_start=jnp.full(batch, sink_shape[2], jnp.int32),
         end=jnp.zeros(batch, jnp.int32),
         window=window,
     )
@@ -105,19 +116,18 @@ def slot_of(cache: KVCache, positions: Array, *, end: Array) -> Array:
     """Where frames are stored once the newest frame is `end - 1`.
 
     Args:
-      cache: gives the start, the number of slots and of sink slots.
+      cache: gives the starts, the number of slots and of sink slots.
       positions: int32 `[B, F]`.
       end: int32 `[B]`.
 
     Returns:
       int32 `[B, F]` slots; S, one past the last, for frames that are not kept.
     """
-    index = positions - cache.start[:, None]
-    ring = cache.slots - cache.sink_slots
-    in_sink = index < cache.sink_slots
-    in_ring = positions >= end[:, None] - ring
-    slot = jnp.where(in_sink, index, cache.sink_slots + (index - cache.sink_slots) % max(ring, 1))
-    return jnp.where(in_sink | in_ring, slot, cache.slots)
+    in_sink, in_ring = positions - cache.start[:, None], positions - cache.ring_start[:, None]
+    is_sink = in_sink < cache.sink_slots
+    is_ring = (in_ring >= 0) & (positions >= end[:, None] - cache.ring_slots)
+    slot = jnp.where(is_sink, in_sink, cache.sink_slots + in_ring % max(cache.ring_slots, 1))
+    return jnp.where(is_sink | is_ring, slot, cache.slots)
 
 
 def write(cache: KVCache, own: BlockKV, first: Array) -> KVCache:
@@ -133,7 +143,12 @@ def write(cache: KVCache, own: BlockKV, first: Array) -> KVCache:
     """
     frames = own.key.shape[2]
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.end.shape)
-    cache = dataclasses.replace(cache, start=jnp.where(cache.start == cache.end, first, cache.start))
+    is_empty = cache.start == cache.end
+    cache = dataclasses.replace(
+        cache,
+        start=jnp.where(is_empty, first, cache.start),
+        ring_start=jnp.where(is_empty, first + cache.sink_slots, cache.ring_start),
+    )
     end = first + frames
     slots = slot_of(cache, first[:, None] + jnp.arange(frames), end=end)
     sink_key = cache.sink_key
@@ -152,7 +167,73 @@ def restart(cache: KVCache, first: Array) -> KVCache:
     """Empties the cache; its next frame, the first of a new sink, is at position `first`."""
     first = jnp.broadcast_to(jnp.asarray(first, jnp.int32), cache.end.shape)
     # Two buffers: one buffer in two places could not be donated.
-    return dataclasses.replace(cache, start=first, end=jnp.copy(first))
+    return dataclasses.replace(cache, start=first, ring_start=first + cache.sink_slots, end=jnp.copy(first))
+
+
+def flush(cache: KVCache, mask: Array, *, frames: int) -> KVCache:
+    """Forgets all but the sink and the latest frames; a copy of `frames` slots, no pass of the model.
+
+    What stays of the ring moves to its front, so that the slots in use are a prefix again. Frames that
+    are part of the sink count as kept. With relative rope the sink then sits directly before them.
+
+    Args:
+      cache: the cache; donate it to keep the move in place.
+      mask: bool `[B]`, which samples forget.
+      frames: how many of the latest frames stay, at most the ring.
+
+    Source: Infinity-RoPE (arXiv 2511.20649), KV flush.
+    """
+    kept = min(frames, cache.ring_slots)
+    ring_start = jnp.maximum(cache.ring_start, cache.end - kept)
+    positions = ring_start[:, None] + jnp.arange(kept)  # [B, kept]
+    is_kept = (positions < cache.end[:, None]) & mask[:, None]
+    to = jnp.where(is_kept, cache.sink_slots + jnp.arange(kept), cache.slots)
+    moved = frames_at(cache, positions)
+    return dataclasses.replace(
+        cache,
+        key=_store(cache.key, moved.key, to),
+        value=_store(cache.value, moved.value, to),
+        ring_start=jnp.where(mask, ring_start, cache.ring_start),
+    )
+
+
+def resize(cache: KVCache, window: WindowConfig) -> KVCache:
+    """A cache of another geometry with the frames of this one: the sink, and the latest that fit.
+
+    A larger ring is not full at first: frames that were evicted do not come back.
+
+    Args:
+      cache: a cache of a bounded window.
+      window: the new geometry, bounded too. Its sink must not be longer than the old one.
+    """
+    sink, slots = min(window.sink_frames, window.cache_frames()), window.cache_frames()
+    if sink > cache.sink_slots:
+        raise ValueError(f"a sink of {cache.sink_slots} frames cannot become one of {sink}")
+    # The ring's frames, and those before it as long as nothing lies between.
+    oldest = jnp.maximum(cache.ring_start, cache.end - cache.ring_slots)
+    oldest = jnp.where(oldest <= cache.start + cache.sink_slots, cache.start + sink, oldest)
+    ring_start = jnp.maximum(oldest, cache.end - (slots - sink))
+    positions = jnp.concatenate(
+        [cache.start[:, None] + jnp.arange(sink), ring_start[:, None] + jnp.arange(slots - sink)], axis=1
+    )
+    moved = frames_at(cache, positions)
+    sink_key = (cache.key if cache.sink_key is None else cache.sink_key)[:, :, :sink]
+    return KVCache(
+        key=jnp.concatenate([sink_key, moved.key[:, :, sink:]], axis=2),
+        value=moved.value,
+        sink_key=jnp.copy(sink_key) if window.rope == "relative" and sink > 0 else None,
+        start=cache.start,
+        ring_start=ring_start,
+        end=cache.end,
+        window=window,
+    )
+
+
+def frames_at(cache: KVCache, positions: Array) -> BlockKV:
+    """Keys and values of the frames at `positions` `[B, F]`; what is not in the cache makes no sense."""
+    slots = jnp.minimum(slot_of(cache, positions, end=cache.end), max(cache.slots - 1, 0))
+    where = slots[None, :, :, None, None, None]
+    return BlockKV(*(jnp.take_along_axis(buffer, where, axis=2) for buffer in (cache.key, cache.value)))
 
 
 def place_sink(cache: KVCache, end: Array) -> KVCache:
@@ -160,7 +241,8 @@ def place_sink(cache: KVCache, end: Array) -> KVCache:
 
     While the window fills, frames keep their own positions. Once it is full the sink sits directly in
     front of the latest frames: it follows the window instead of falling behind. Rotations only see
-    differences, so nothing but the sink has to move. With absolute rope this does nothing.
+    differences, so nothing but the sink has to move. With absolute rope this does nothing. It is also
+    directly in front of what a `flush` has left.
 
     Args:
       cache: the cache.
@@ -168,7 +250,8 @@ def place_sink(cache: KVCache, end: Array) -> KVCache:
     """
     if cache.sink_key is None:
         return cache
-    behind = jnp.maximum(end - cache.start - cache.window.window_frames, 0)
+    before_ring = cache.ring_start - cache.sink_slots
+    behind = jnp.maximum(end - cache.window.window_frames, before_ring) - cache.start
     moved = rope.shift_frames(cache.sink_key, behind)
     return dataclasses.replace(cache, key=jax.lax.dynamic_update_slice_in_dim(cache.key, moved, 0, axis=2))
 
@@ -190,11 +273,9 @@ def in_order(cache: KVCache) -> BlockKV:
       Keys and values `[L, B, S, P, N, H]`. Slots not yet in use make no sense here: wait until
       `length` is `slots`.
     """
-    sink, ring = jnp.arange(cache.sink_slots), jnp.arange(cache.slots - cache.sink_slots)
+    sink, ring = jnp.arange(cache.sink_slots), jnp.arange(cache.ring_slots)
     latest = cache.end[:, None] - len(ring) + ring
-    slots = slot_of(cache, jnp.concatenate([cache.start[:, None] + sink, latest], axis=1), end=cache.end)
-    where = slots[None, :, :, None, None, None]
-    return BlockKV(*(jnp.take_along_axis(buffer, where, axis=2) for buffer in (cache.key, cache.value)))
+    return frames_at(cache, jnp.concatenate([cache.start[:, None] + sink, latest], axis=1))
 
 
 def place(timeline: BlockKV, frames: BlockKV, at: Array) -> BlockKV:

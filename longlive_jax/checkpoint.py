@@ -40,6 +40,9 @@ PARTS: Mapping[str, str] = {
 }
 """Every part a checkpoint can hold, in the order they are written."""
 
+BUNDLED: Mapping[str, pathlib.Path] = {"toy": pathlib.Path(__file__).parent / "assets/toy"}
+"""The checkpoints that come with the package, by the name that stands for them."""
+
 _NAMED_LEAVES = 12  # how many wrong leaves one error line names
 
 
@@ -142,13 +145,34 @@ class Checkpoint:
         return self.path / TOKENIZER_FILE
 
 
+def locate(checkpoint: PathLike) -> pathlib.Path:
+    """The directory that a checkpoint is in: the one of that path, else the bundled one of that name.
+
+    Raises:
+      UserError: the name is a bundled one, and this installation lacks it.
+    """
+    path = pathlib.Path(checkpoint)
+    if str(path) not in BUNDLED or (path / CONFIG_FILE).is_file():
+        return path
+    bundled = BUNDLED[str(path)]
+    require(
+        (bundled / CONFIG_FILE).is_file(),
+        f"checkpoint={path}: the bundled model is not in this installation (no {bundled / CONFIG_FILE}); "
+        "install the package again, or make the model with `make toy toy-bundle`",
+    )
+    return bundled
+
+
 def open_checkpoint(path: PathLike) -> Checkpoint:
     """Opens a checkpoint directory; reads config.json only.
+
+    Args:
+      path: the directory, or the name of a bundled checkpoint (see `locate`).
 
     Raises:
       UserError: there is none, or it was written by something newer.
     """
-    path = pathlib.Path(path)
+    path = locate(path)
     require(
         (path / CONFIG_FILE).is_file(),
         f"checkpoint={path} is no checkpoint directory (no {CONFIG_FILE}); make one with `longlive convert`",

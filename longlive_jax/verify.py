@@ -25,6 +25,7 @@ from longlive_jax.diffusion import noise as noise_lib
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference import pipeline, rollout
 from longlive_jax.inference.story import effective_frame
+from longlive_jax.inference.switching import switch_prompts
 from longlive_jax.models import text_encoder as text_encoder_lib
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.types import Array
@@ -289,7 +290,7 @@ def _rollout(models: _Models, arrays: Arrays) -> Array:
     for frame in range(0, frames, block):
         if frame in starts:
             due = dict.fromkeys(range(batch), config.switch)
-            state = pipeline.switch_prompts(generator, pipe.params, state, text[starts[frame]], due)
+            state = switch_prompts(generator, pipe.params, state, text[starts[frame]], due)
         state, result = rollout.step(generator, pipe.params, state)
         latents.append(result)
     return _channels_first(jnp.concatenate(latents, axis=1))

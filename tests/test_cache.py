@@ -114,6 +114,107 @@ def test_restart_empties_and_the_next_block_becomes_the_sink():
     assert int(cache.length[0]) == 3
 
 
+FLUSHES = [
+    # (window, sink, block), blocks, kept; slots after it and after each of three further blocks
+    ((12, 3, 3), 6, 2, ["0 1 2 16 17", "0 1 2 16 17 18 19 20", "0 1 2 22 23 18 19 20 21"]),
+    ((12, 3, 3), 2, 2, ["0 1 2 4 5", "0 1 2 4 5 6 7 8", "0 1 2 10 11 6 7 8 9"]),
+    ((12, 3, 3), 1, 2, ["0 1 2", "0 1 2 3 4 5", "0 1 2 3 4 5 6 7 8"]),  # the sink holds the last frames
+    ((12, 0, 3), 5, 2, ["13 14", "13 14 15 16 17", "13 14 15 16 17 18 19 20"]),
+    ((9, 4, 3), 1, 2, ["0 1 2", "0 1 2 3 4 5", "0 1 2 3 8 7"]),  # the sink is not complete yet
+    ((4, 1, 2), 4, 2, ["0 7", "0 9", "0 11"]),  # a ring of one frame
+    ((6, 3, 3), 4, 2, ["0 1 2", "0 1 2", "0 1 2"]),  # no ring
+    ((12, 3, 3), 6, 0, ["0 1 2", "0 1 2 18 19 20", "0 1 2 18 19 20 21 22 23"]),
+]
+
+
+@pytest.mark.parametrize(("geometry", "blocks", "kept", "slots"), FLUSHES)
+def test_slots_after_a_flush(geometry, blocks, kept, slots):
+    cache = cache_lib.flush(filled(WindowConfig(*geometry), blocks), jnp.ones(1, bool), frames=kept)
+    block = geometry[2]
+    for i, expected in enumerate(slots):
+        if i:
+            first = (blocks + i - 1) * block
+            cache = cache_lib.write(cache, frames(first, block), first)
+        length = int(cache.length[0])
+        assert table(cache)[:length] == [int(position) for position in expected.split()]
+        np.testing.assert_array_equal(cache.key, cache.value)  # both buffers moved alike
+
+
+@pytest.mark.parametrize("geometry", [(12, 3, 3), (7, 2, 2), (9, 4, 3), (8, 0, 1), (13, 5, 4)])
+def test_a_flushed_cache_holds_the_sink_and_all_since_as_far_as_the_window_reaches(geometry):
+    window = WindowConfig(*geometry)
+    block, sink, flushed_at = window.block_frames, window.sink_frames, 5 * window.block_frames
+    cache = cache_lib.flush(filled(window, 5), jnp.ones(1, bool), frames=2)
+    for first in range(flushed_at, flushed_at + 8 * block, block):
+        length = int(cache.length[0])
+        reach = max(flushed_at - 2, first - (window.window_frames - sink - block))
+        assert sorted(table(cache)[:length]) == [*range(sink), *range(reach, first)]
+        cache = cache_lib.write(cache, frames(first, block), first)
+
+
+def test_only_the_chosen_samples_are_flushed():
+    window = WindowConfig(12, 3, 3)
+    cache = empty(window, batch=2)
+    for first in range(0, 18, 3):
+        cache = cache_lib.write(cache, frames(first, 3, batch=2), first)
+    before = table(cache, 0)
+    cache = cache_lib.flush(cache, jnp.asarray([False, True]), frames=2)
+    assert (table(cache, 0), cache.length.tolist()) == (before, [9, 5])
+    cache = cache_lib.write(cache, frames(18, 3, batch=2), 18)
+    assert table(cache, 0) == [0, 1, 2, 15, 16, 17, 18, 19, 20]
+    assert table(cache, 1)[:8] == [0, 1, 2, 16, 17, 18, 19, 20]
+
+
+def test_the_relative_sink_sits_directly_before_what_a_flush_left():
+    window = WindowConfig(9, 3, 3, "relative")
+    cache = empty(window)
+    key = jax.random.normal(jax.random.key(0), (2, 1, 3, 2, 1, 8))
+    for first in range(0, 18, 3):
+        cache = cache_lib.write(cache, BlockKV(key, key), first)
+    cache = cache_lib.flush(cache, jnp.ones(1, bool), frames=2)
+    for end, sink_at in ((21, 13), (22, 13), (23, 14), (30, 21)):  # 16, 17 | block; then the window slides
+        moved = cache_lib.place_sink(cache, end)
+        expected = rope.shift_frames(key, jnp.asarray([sink_at]))
+        np.testing.assert_allclose(moved.key[:, :, :3], expected, atol=1e-5)
+
+
+RESIZES = [
+    # from, blocks, to; slots at once and after one more block
+    ((12, 3, 3), 6, (9, 3, 3), "0 1 2 15 16 17", "0 1 2 18 19 20"),
+    ((12, 3, 3), 6, (15, 3, 3), "0 1 2 12 13 14 15 16 17", "0 1 2 12 13 14 15 16 17 18 19 20"),
+    ((12, 3, 3), 6, (12, 1, 3), "0 12 13 14 15 16 17", "0 20 13 14 15 16 17 18 19"),
+    ((12, 3, 3), 2, (12, 1, 3), "0 1 2 3 4 5", "0 1 2 3 4 5 6 7 8"),  # nothing was evicted: all of it stays
+    ((12, 3, 3), 1, (6, 0, 3), "0 1 2", "3 4 5"),
+    ((12, 3, 3), 6, (6, 3, 3), "0 1 2", "0 1 2"),
+]
+
+
+@pytest.mark.parametrize(("before", "blocks", "after", "slots", "following"), RESIZES)
+@pytest.mark.parametrize("kind", ["absolute", "relative"])
+def test_slots_after_a_change_of_window(before, blocks, after, slots, following, kind):
+    window = WindowConfig(*after, kind)
+    cache = cache_lib.resize(filled(WindowConfig(*before), blocks), window)
+    assert cache.slots == window.cache_frames()
+    for expected in (slots, following):
+        in_use = table(cache)[: int(cache.length[0])]
+        # A ring begins in its first slot, whatever lay there before.
+        assert sorted(in_use) == sorted(int(position) for position in expected.split())
+        cache = cache_lib.write(cache, frames(blocks * 3, 3), blocks * 3)
+
+
+def test_a_change_between_the_rope_modes_keeps_the_sinks_own_positions():
+    absolute, relative = WindowConfig(9, 3, 3), WindowConfig(9, 3, 3, "relative")
+    cache = filled(relative, 5)
+    turned = cache_lib.place_sink(cache, 18)
+    assert np.abs(np.asarray(turned.key - cache.key)).max() > 0.1
+    back = cache_lib.resize(turned, absolute)
+    np.testing.assert_array_equal(back.key[:, :, :3], cache.sink_key)
+    again = cache_lib.place_sink(cache_lib.resize(back, relative), 18)
+    np.testing.assert_array_equal(again.key[:, :, :3], turned.key[:, :, :3])
+    with pytest.raises(ValueError, match="a sink of 3 frames cannot become one of 4"):
+        cache_lib.resize(back, WindowConfig(12, 4, 3))
+
+
 def test_samples_of_a_batch_may_have_started_at_different_frames():
     window = WindowConfig(12, 3, 3)
     cache = empty(window, batch=2)

@@ -50,6 +50,12 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str, **options: Any) -> None:
         super().__init__(prog, **({"max_help_position": 30, "width": 100} | options))
 
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            # argparse forgets how far commands are indented, and breaks the line of the longest.
+            self._action_max_length += self._indent_increment
+
 
 def setting(text: str) -> tuple[str, str]:
     """Parses `dotted.name=value`."""

@@ -4,18 +4,17 @@ import argparse
 import contextlib
 import os
 import pathlib
-import re
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 from longlive_jax import video as video_lib
-from longlive_jax.cli import outputs
-from longlive_jax.cli.common import Interruption, add_settings, note
+from longlive_jax.cli import options, outputs
+from longlive_jax.cli.common import Interruption, note
 from longlive_jax.cli.outputs import Target, Writers
 from longlive_jax.cli.progress import GenerateProgress
-from longlive_jax.config import DType, PipelineConfig, RopeMode, SwitchPolicy
-from longlive_jax.errors import UserError, require
+from longlive_jax.config import PipelineConfig
+from longlive_jax.errors import require
 from longlive_jax.inference import story as stories_lib
 from longlive_jax.inference.story import Story
 
@@ -53,22 +52,11 @@ examples:
 
 prompt files:
   .txt    a prompt per line
-  .jsonl  {"prompts": ["...", "..."]} per line (with --switch-at for all lines), or
-          {"segments": [{"prompt": "..."}, {"prompt": "...", "at_seconds": 10, "policy": "keep"}]}
+  .jsonl  {"prompts": ["...", "..."], "switch_frames": [40]} per line (or --switch-at for all lines), or
+          {"segments": [{"prompt": "..."}, {"prompt": "...", "at_seconds": 10, "policy": "keep"},
+                        {"prompt": "...", "at_seconds": 20, "blend_seconds": 2}]}
 """
 
-# Options that stand for one setting of the config.
-_SETTINGS = {
-    "window": "window.window_frames",
-    "sink": "window.sink_frames",
-    "block": "window.block_frames",
-    "rope": "window.rope",
-    "steps": "sampler.steps",
-    "policy": "switch.policy",
-    "keep_sink": "switch.keep_sink",
-    "fps": "video.fps",
-    "dtype": "dtype",
-}
 _DEFAULT_FOLDER = "outputs"
 # What may stand beside --from, which records everything else.
 _BESIDE_FROM = frozenset(
@@ -83,13 +71,19 @@ def add_command(commands: Any) -> None:
     )
     _add_what(parser.add_argument_group("what to generate"))
     _add_where(parser.add_argument_group("where it goes"))
-    _add_how(parser.add_argument_group("how (defaults: as the checkpoint says)"))
-    _add_machine(parser.add_argument_group("machine"))
+    options.add_how(parser.add_argument_group("how (defaults: as the checkpoint says)"))
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--batch", type=int, metavar="N", help="videos made side by side (default: 1)")
+    options.add_machine(machine)
     parser.set_defaults(run=run, parser=parser)
 
 
 def _add_what(group: Any) -> None:
-    group.add_argument("--checkpoint", metavar="DIR", help="directory made by `longlive setup` or `convert`")
+    group.add_argument(
+        "--checkpoint",
+        metavar="DIR",
+        help="directory made by `longlive setup` or `convert`, or toy, the small model in the package",
+    )
     group.add_argument(
         "--prompt",
         dest="prompts",
@@ -128,56 +122,6 @@ def _add_where(group: Any) -> None:
     group.add_argument("--overwrite", action="store_true", default=None, help="replace existing files")
 
 
-def _add_how(group: Any) -> None:
-    boolean = argparse.BooleanOptionalAction
-    group.add_argument(
-        "--window",
-        type=int,
-        metavar="N",
-        help="latent frames a block attends to, sink and block included; -1: all",
-    )
-    group.add_argument("--sink", type=int, metavar="N", help="first frames that stay in the window for ever")
-    group.add_argument("--block", type=int, metavar="N", help="latent frames generated together")
-    group.add_argument(
-        "--rope",
-        choices=get_args(RopeMode),
-        help="frame positions: absolute, or relative to the window (for videos without end)",
-    )
-    group.add_argument(
-        "--steps", metavar="T,T,...", help="denoising timesteps, falling, e.g. 1000,750,500,250"
-    )
-    group.add_argument(
-        "--policy",
-        choices=get_args(SwitchPolicy),
-        help="at a prompt switch: rebuild the cache under the new prompt, keep it, or clear it",
-    )
-    group.add_argument("--keep-sink", action=boolean, help="leave the sink alone when the cache is rebuilt")
-    group.add_argument("--fps", type=int, metavar="N", help="frames per second of the file")
-    group.add_argument("--dtype", choices=get_args(DType), help="precision of the computation")
-    group.add_argument(
-        "--weights", choices=("auto", "transformer", "transformer_ema"), help="which weights (default: auto)"
-    )
-    group.add_argument(
-        "--lora", action=boolean, help="use a LoRA that the checkpoint keeps apart (default: yes)"
-    )
-    add_settings(group)
-
-
-def _add_machine(group: Any) -> None:
-    group.add_argument("--batch", type=int, metavar="N", help="videos made side by side (default: 1)")
-    group.add_argument(
-        "--text-device",
-        choices=("default", "cpu"),
-        help="where the text encoder runs; cpu saves accelerator memory and is slow",
-    )
-    group.add_argument(
-        "--compile-cache",
-        action=argparse.BooleanOptionalAction,
-        help="keep compiled programs in $LONGLIVE_CACHE or ~/.cache/longlive-jax (default: yes)",
-    )
-    group.add_argument("--quiet", action="store_true", default=None, help="no progress")
-
-
 # --- the run ----------------------------------------------------------------------------------------
 
 
@@ -195,7 +139,7 @@ def run(arguments: argparse.Namespace) -> None:
     targets = _targets(arguments, request)
     request.check_parts(needs_vae=any(not target.is_latents_only for target in targets))
     if arguments.compile_cache is not False:
-        _enable_compile_cache()
+        options.enable_compile_cache()
     _generate(request, targets, arguments)
 
 
@@ -211,7 +155,11 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         extra = sorted(options.get(name, name.replace("_", "-")) for name in given - _BESIDE_FROM)
         require(not extra, f"--from says everything about the video; leave --{', --'.join(extra)} out")
     else:
-        require(bool(arguments.checkpoint), "--checkpoint is missing; make one with `longlive setup`")
+        require(
+            bool(arguments.checkpoint),
+            "--checkpoint is missing; make one with `longlive setup`, or try the small model in the package "
+            "with --checkpoint toy",
+        )
         sources = [name for name in ("prompts", "prompt_file") if name in given]
         require(len(sources) == 1, "give either --prompt or --prompt-file")
     require(not {"frames", "seconds"} <= given, "give either --frames or --seconds, not both")
@@ -228,7 +176,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 def _request(arguments: argparse.Namespace) -> "Request":
     from longlive_jax.cli import request as requests
 
-    overrides = _overrides(arguments)
+    overrides = options.overrides(arguments)
     checkpoint, config = requests.open_config(arguments.checkpoint, overrides)
     return requests.Request(
         checkpoint=checkpoint,
@@ -244,35 +192,12 @@ def _request(arguments: argparse.Namespace) -> "Request":
     )
 
 
-def _overrides(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The options that stand for settings, and those of --set, as dotted names."""
-    overrides = {
-        name: getattr(arguments, option)
-        for option, name in _SETTINGS.items()
-        if getattr(arguments, option) is not None
-    }
-    for name, value in arguments.settings:
-        require(name not in overrides, f"--set {name}={value}: this setting is given twice")
-        overrides[name] = value
-    return overrides
-
-
 def _stories(arguments: argparse.Namespace, config: PipelineConfig) -> tuple[Story, ...]:
     vae, fps = config.vae, config.video.fps
-    switches = [_switch_frame(text, config) for text in arguments.switch_at or ()]
+    switches = [options.switch_frame(text, config) for text in arguments.switch_at or ()]
     if arguments.prompt_file:
         return stories_lib.read_stories(arguments.prompt_file, vae=vae, fps=fps, switch_frames=switches)
     return (stories_lib.story_from_prompts(arguments.prompts, switches),)
-
-
-def _switch_frame(text: str, config: PipelineConfig) -> int:
-    """Parses `40` (latent frames) or `10s` (seconds)."""
-    number = re.fullmatch(r"(\d+)|(\d*\.?\d+)\s*s", text.strip())
-    if number is None:
-        raise UserError(f"--switch-at={text} must be a latent frame (40) or seconds (10s)")
-    if number[1] is not None:
-        return int(number[1])
-    return stories_lib.frames_from_seconds(float(number[2]), vae=config.vae, fps=config.video.fps)
 
 
 def _targets(arguments: argparse.Namespace, request: "Request") -> list[Target]:
@@ -298,20 +223,12 @@ def _targets(arguments: argparse.Namespace, request: "Request") -> list[Target]:
     return targets
 
 
-def _enable_compile_cache() -> None:
-    import jax
-
-    from longlive_jax.inference.prompts import default_cache_dir
-
-    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir().parent / "xla"))
-
-
 def _generate(request: "Request", targets: Sequence[Target], arguments: argparse.Namespace) -> None:
     for target in targets:  # checked: every other folder is there
         pathlib.Path(target.out).parent.mkdir(exist_ok=True)
     batch, total = arguments.batch or 1, request.video_frames * len(targets)
     progress = GenerateProgress(total, is_quiet=bool(arguments.quiet))
-    with Interruption() as interruption, progress, _device_memory():
+    with Interruption() as interruption, progress, options.device_memory():
         pipe = None
         for first in range(0, len(targets), batch):
             group = range(first, min(first + batch, len(targets)))
@@ -323,6 +240,8 @@ def _generate(request: "Request", targets: Sequence[Target], arguments: argparse
                     progress.stage(f"loading {request.checkpoint.path}")
                     pipe = _load(request, arguments)
                     progress.stage("encoding the prompt and compiling (slow the first time)")
+                    # All at once, so that the text encoder is loaded once: its results are kept on disk.
+                    pipe.encode_prompts([prompt for story in request.stories for prompt in story.prompts])
                 try:
                     _stream(pipe, request, group, writers, interruption, progress)
                     is_complete = True
@@ -376,17 +295,17 @@ def _blocks(
     import numpy as np
 
     stories = [request.stories[i] for i in group]
-    options: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "frames": request.frames,
         "seed": [request.seed + i for i in group],
         "height": request.height,
         "width": request.width,
     }
     if all(writer.frames is None for writer in writers):
-        for frame, latents in pipe.stream_latents(stories, **options):
+        for frame, latents in pipe.stream_latents(stories, **arguments):
             yield frame, np.asarray(latents)[:, : request.frames - frame], None
         return
-    for chunk in pipe.stream(stories, **options):
+    for chunk in pipe.stream(stories, **arguments):
         yield chunk.frame, chunk.latents, chunk.video
 
 
@@ -430,17 +349,3 @@ def _write_sheet(request: "Request", index: int, target: Target) -> None:
     labels = [(config.vae.video_frames(f), p) for f, p in zip([0, *starts], story.prompts, strict=True)]
     assert target.sheet is not None
     contact_sheet(target.out, path=target.sheet, fps=config.video.fps, labels=labels)
-
-
-@contextlib.contextmanager
-def _device_memory() -> Iterator[None]:
-    """Says what to do when the accelerator is too small."""
-    try:
-        yield
-    except RuntimeError as error:  # jaxlib's errors derive from it
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise UserError(
-            "the device has too little memory; try a smaller --height, --width, --window or --batch, or "
-            "--text-device cpu (`longlive memory` shows the budget)"
-        ) from error

@@ -1,7 +1,6 @@
 """`longlive memory | verify | version`: what is needed, whether it is right, what is installed."""
 
 import argparse
-import importlib.metadata
 import platform
 from typing import Any, get_args
 
@@ -30,9 +29,6 @@ examples:
   longlive verify checkpoints/longlive-1.3b --against recorded.npz
   longlive verify checkpoints/longlive-1.3b --against recorded.npz --dtype float32
 """
-
-PACKAGES = ("jax", "jaxlib", "flax", "numpy", "av", "pillow", "tokenizers", "safetensors")
-"""Distributions whose versions may change a result."""
 
 
 class VersionAction(argparse.Action):
@@ -152,18 +148,9 @@ def _run_verify(arguments: argparse.Namespace) -> int:
 def _run_version(arguments: argparse.Namespace) -> None:
     import jax
 
+    from longlive_jax.provenance import versions
+
     print(f"longlive-jax {longlive_jax.__version__}")
     print(f"python {platform.python_version()} on {platform.system()} {platform.machine()}")
     print(", ".join(f"{name} {version}" for name, version in versions().items()))
     print(f"devices: {', '.join(f'{d.platform} {d.device_kind}' for d in jax.devices())}")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of the packages that may change a result."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found

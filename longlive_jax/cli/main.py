@@ -10,7 +10,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from longlive_jax.cli import checkpoints, generate, info, train
+from longlive_jax.cli import checkpoints, generate, info, interactive, train
 from longlive_jax.cli.common import Parser
 from longlive_jax.errors import UserError
 
@@ -67,6 +67,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action=info.VersionAction, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     generate.add_command(commands)
+    interactive.add_command(commands)
     checkpoints.add_commands(commands)
     train.add_command(commands)
     info.add_commands(commands)

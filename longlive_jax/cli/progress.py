@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import shutil
 import statistics
 import sys
 import time
@@ -82,6 +83,66 @@ class GenerateProgress:
             return ""
         minutes, seconds = divmod(round((self._total - self._done) / self.fps), 60)
         return f"{minutes}:{seconds:02d} left"
+
+
+class LiveStatus:
+    """One line about a video that has no end: frames per second, how long it is, what it shows.
+
+    On a terminal the line stands above the one that is being typed; elsewhere there is a line for every
+    new prompt, and one now and then.
+    """
+
+    def __init__(self, *, is_quiet: bool) -> None:
+        self._is_quiet = is_quiet
+        self._is_live = not is_quiet and sys.stderr.isatty()
+        self._rates: collections.deque[float] = collections.deque(maxlen=_RATES)
+        self._last_line, self._last_prompt = float("-inf"), ""
+
+    @property
+    def fps(self) -> float | None:
+        """Video frames per second of the median block; None before there is a second one."""
+        return statistics.median(self._rates) if self._rates else None
+
+    def stage(self, text: str) -> None:
+        """Says what is being done before frames come."""
+        if not self._is_quiet:
+            self._write(f"{text}\n")
+
+    def ask(self) -> None:
+        """Opens a line to type in, with one above it for the status."""
+        if self._is_live:
+            self._write("\n> ")
+
+    def show(self, prompt: str, frames: int, *, seconds: float, interval: float | None) -> None:
+        """Tells of a block.
+
+        Args:
+          prompt: what it shows.
+          frames: its video frames.
+          seconds: length of the video so far.
+          interval: seconds it took; None where that says nothing.
+        """
+        if interval is not None:
+            self._rates.append(frames / max(interval, 1e-9))
+        rate = f"{self.fps:5.1f} frames/s  " if self.fps else ""
+        minutes, rest = divmod(seconds, 60)
+        text = f"{rate}{minutes:.0f}:{rest:04.1f}  {prompt}"
+        now = time.monotonic()
+        if self._is_live:
+            width = shutil.get_terminal_size().columns - 1
+            # Save the cursor, up one line, clear it, and back to what is being typed.
+            self._write(f"\x1b7\x1b[1A\r\x1b[2K{text[:width]}\x1b8")
+        elif not self._is_quiet and (prompt != self._last_prompt or now - self._last_line >= _LINE_EVERY):
+            self._write(f"{text}\n")
+            self._last_line, self._last_prompt = now, prompt
+
+    def end(self) -> None:
+        """Leaves the line that was being typed."""
+        if self._is_live:
+            self._write("\n")
+
+    def _write(self, text: str) -> None:
+        print(text, end="", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ any weights are read.
 """
 
 import dataclasses
-import os
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -14,19 +13,16 @@ from typing import Any
 import longlive_jax
 from longlive_jax import config as configs
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
-from longlive_jax.cli.info import versions
 from longlive_jax.config import PipelineConfig
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference import story as stories_lib
 from longlive_jax.inference.story import Story
+from longlive_jax.provenance import differences, fingerprints, generation_settings, place, versions
 from longlive_jax.storage import read_json, write_json
 
 SIDECAR = "longlive-jax generate"
 SIDECAR_VERSION = 1
 MAX_SEED = 2**32 - 1
-
-# The sections of the config that describe how to generate; the others describe the weights.
-_GENERATION = ("window", "sampler", "switch", "video", "dtype", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +115,7 @@ def write_sidecar(
             "version": SIDECAR_VERSION,
             "video": dict(video),
             "request": {
-                "checkpoint": os.path.abspath(checkpoint.path),
+                "checkpoint": place(checkpoint.path),
                 "weights": request.weights,
                 "use_lora": request.use_lora,
                 "story": stories_lib.to_dict(request.stories[index]),
@@ -157,9 +153,9 @@ def read_sidecar(path: str, *, checkpoint: str | None) -> tuple[Request, list[st
     )
     try:
         recorded, config = values["request"], values["config"]
-        overrides = _generation_settings(config)
-        place = checkpoint or recorded["checkpoint"]
-        opened, resolved = open_config(place, overrides)
+        overrides = generation_settings(config)
+        folder = checkpoint or recorded["checkpoint"]
+        opened, resolved = open_config(folder, overrides)
         vae, fps = resolved.vae, resolved.video.fps
         story = stories_lib.from_dict(recorded["story"], vae=vae, fps=fps)
         request = Request(
@@ -169,42 +165,11 @@ def read_sidecar(path: str, *, checkpoint: str | None) -> tuple[Request, list[st
             stories=(story,),
             **{k: recorded[k] for k in ("frames", "seed", "height", "width", "weights", "use_lora")},
         )
-        remarks = _differences(values, opened, resolved)
+        remarks = differences(values, fingerprints(opened), resolved)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"from={path} is damaged: {type(error).__name__} {error}; generate anew") from error
     if checkpoint is None and remarks:
         raise UserError(
-            f"{place}: {remarks[0]}, so the video cannot be reproduced; name the right one with --checkpoint"
+            f"{folder}: {remarks[0]}, so the video cannot be reproduced; name the right one with --checkpoint"
         )
     return request, remarks
-
-
-def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
-    """Content ids of the parts that decide a video."""
-    return {
-        part: checkpoint.fingerprint(part)
-        for part in ("transformer", "transformer_ema", "lora", "text_encoder", "vae")
-        if part in checkpoint.parts
-    }
-
-
-def _generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The recorded generation settings as dotted overrides."""
-    settings: dict[str, Any] = {}
-    for section in _GENERATION:
-        value = config[section]
-        if isinstance(value, Mapping):
-            settings |= {f"{section}.{name}": entry for name, entry in value.items()}
-        else:
-            settings[section] = value
-    return settings
-
-
-def _differences(values: Mapping[str, Any], checkpoint: Checkpoint, config: PipelineConfig) -> list[str]:
-    found = []
-    for part, digest in fingerprints(checkpoint).items():
-        if values["weights"].get(part) != digest:
-            found.append(f"the {part} has other weights than those recorded")
-    if configs.to_dict(config) != values["config"]:
-        found.append("the model has another shape than the one recorded")
-    return found

@@ -4,6 +4,7 @@ import pathlib
 import re
 from collections.abc import Sequence
 
+from longlive_jax.checkpoint import locate
 from longlive_jax.errors import UserError
 from longlive_jax.storage import PathLike
 
@@ -12,12 +13,12 @@ _MODEL_FILES = ("*.safetensors", "*.pt", "*.pth", "*.bin", "*.json")
 
 
 def resolve(source: PathLike) -> pathlib.Path:
-    """A local path for a source: the path itself, or the snapshot of a hub repository.
+    """A local path for a source: the path itself, a bundled checkpoint, or the snapshot of a hub repository.
 
     Raises:
       UserError: there is no such path, and no such repository that can be reached.
     """
-    path = pathlib.Path(source)
+    path = locate(source)
     if path.exists():
         return path
     if isinstance(source, str) and _REPOSITORY.match(source):

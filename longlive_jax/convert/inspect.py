@@ -21,7 +21,7 @@ def inspect(source: PathLike) -> InspectReport:
     """Describes anything that `convert` reads and the checkpoints it writes.
 
     Args:
-      source: a file, a folder, a checkpoint directory or a hub repository.
+      source: a file, a folder, a checkpoint directory, a bundled checkpoint or a hub repository.
 
     Returns:
       Parts, sizes, precisions and inferred settings; `str()` of it is the text to print.

@@ -6,6 +6,9 @@
 
 The text encoder runs first and is freed. Blocks are generated one after the other and decoded as a
 stream, so memory does not grow with the length of the video.
+
+`begin`, `switch` and `advance` are the three things that happen to a running video. They only hand work
+to the device; `stream` calls them for stories that are known in advance, a `Session` for live ones.
 """
 
 import contextlib
@@ -15,7 +18,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -24,12 +27,20 @@ import numpy as np
 from longlive_jax import checkpoint as checkpoint_lib
 from longlive_jax import config as config_lib
 from longlive_jax import lora, video
-from longlive_jax.config import PipelineConfig, SwitchConfig, SwitchPolicy
+from longlive_jax.config import PipelineConfig, SwitchConfig
 from longlive_jax.diffusion import noise
-from longlive_jax.errors import UserError, require
+from longlive_jax.errors import require
 from longlive_jax.inference import rollout
-from longlive_jax.inference.prompts import Device, PromptEncoder
-from longlive_jax.inference.story import PromptSwitch, Story, as_stories, check_schedule, effective_frame
+from longlive_jax.inference.prompts import Device, PromptEncoder, PromptSource
+from longlive_jax.inference.story import (
+    PromptSwitch,
+    Story,
+    as_stories,
+    blend_blocks,
+    check_schedule,
+    effective_frame,
+)
+from longlive_jax.inference.switching import PromptTrack, switch_prompts
 from longlive_jax.models import text_encoder as text_encoder_lib
 from longlive_jax.models import transformer as transformer_lib
 from longlive_jax.models import vae as vae_lib
@@ -37,9 +48,24 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE
-from longlive_jax.types import Array, ArrayLike, Params
+from longlive_jax.provenance import Origin, fingerprints, place
+from longlive_jax.types import Array, ArrayLike, Params, pytree
 
 Weights = Literal["auto", "transformer", "transformer_ema"]
+T = TypeVar("T")
+
+
+@pytree
+class StreamState:
+    """Everything the next block of running videos depends on, apart from the weights and the prompts.
+
+    Attributes:
+      rollout: the rollout's state.
+      decoder: the VAE's, or None where latents are all that is wanted.
+    """
+
+    rollout: rollout.RolloutState
+    decoder: vae_lib.State | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,12 +126,14 @@ class Pipeline:
       params: the transformer's parameters.
       vae_params: the VAE's parameters; None generates latents only (`stream_latents`).
       encode_prompts: prompts to embeddings `[B, M, text_dim]`.
+      origin: the checkpoint all this was loaded from, if it was.
     """
 
     config: PipelineConfig
     params: Params
     vae_params: Params | None
     encode_prompts: Callable[[Sequence[str]], Array]
+    origin: Origin | None = None
 
     @classmethod
     def load(
@@ -147,7 +175,8 @@ class Pipeline:
         if "vae" in opened.parts:
             expected = _shapes(vae_lib.init_params, vae_of(config))
             vae_params = jax.tree.map(jnp.asarray, opened.load("vae", dtype=config.dtype, expect=expected))
-        return cls(config, params, vae_params, _prompt_encoder(opened, config, device=text_device))
+        origin = Origin(place(opened.path), weights, use_lora, fingerprints(opened))
+        return cls(config, params, vae_params, _prompt_source(opened, config, device=text_device), origin)
 
     @functools.cached_property
     def transformer(self) -> Transformer:
@@ -205,10 +234,9 @@ class Pipeline:
         Raises:
           UserError: an argument does not fit, before anything is computed.
         """
-        if self.vae_params is None:
-            raise UserError("this checkpoint has no vae; convert it with one, or use stream_latents")
-        blocks = self.stream_latents(stories, frames=frames, seed=seed, height=height, width=width)
-        return self._decoded(blocks, frames)
+        self.check_vae()
+        blocks = self._blocks(*self._checked(stories, frames, seed), self._size(height, width), decodes=True)
+        return (self._chunk(*block, frames) for block in one_ahead(blocks))
 
     def stream_latents(
         self,
@@ -223,79 +251,174 @@ class Pipeline:
 
         The last block is whole even where `frames` is not a multiple of it.
         """
-        stories = as_stories(stories)
-        block = self.config.window.block_frames
-        require(frames > 0, f"frames={frames} must be at least 1")
-        for story in stories:
-            check_schedule(story, frames=frames, block_frames=block)
-        seeds = noise.seed_array(seed, len(stories))
-        size = self.config.latent_size(
-            self.config.video.height if height is None else height,
-            self.config.video.width if width is None else width,
-        )
-        return self._blocks(stories, -(-frames // block), seeds, size)
+        blocks = self._blocks(*self._checked(stories, frames, seed), self._size(height, width), decodes=False)
+        return ((frame, latents) for frame, latents, _ in blocks)
 
-    def _blocks(
-        self, stories: tuple[Story, ...], blocks: int, seeds: np.ndarray, size: tuple[int, int]
-    ) -> Iterator[tuple[int, Array]]:
-        block = self.config.window.block_frames
-        prompts = [prompt for story in stories for prompt in story.prompts]
-        text = dict(zip(prompts, self.encode_prompts(prompts), strict=True))
+    # --- block by block ------------------------------------------------------------------------------
+
+    def begin(
+        self,
+        text: Array,
+        seeds: ArrayLike,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        total_frames: int | None = None,
+        decodes: bool = True,
+    ) -> StreamState:
+        """The state before the first block.
+
+        Args:
+          text: `[B, M, text_dim]` prompt embeddings.
+          seeds: uint32 `[B]`.
+          height: pixels; default from the config.
+          width: pixels; default from the config.
+          total_frames: latent frames of the whole video; only an unbounded window needs it.
+          decodes: whether blocks are decoded to pixels.
+        """
+        rows, columns = self._size(height, width)
         with self._precision():
             state = rollout.init(
                 self.generator,
                 self.params,
-                jnp.stack([text[story.prompt] for story in stories]),
+                text,
                 seeds,
-                latent_size=size,
-                total_frames=blocks * block,
+                latent_size=(rows, columns),
+                total_frames=total_frames,
             )
-        for frame in range(0, blocks * block, block):
-            with self._precision():
-                state = self._switch(state, stories, frame, text)
-                state, latents = rollout.step(self.generator, self.params, state)
-            yield frame, latents
+        decoder = None
+        if decodes:
+            self.check_vae()
+            decoder = self.vae.init_decode_state(text.shape[0], height=rows, width=columns)
+        return StreamState(state, decoder)
 
-    def _switch(
+    def switch(
+        self, state: StreamState, tracks: Sequence[PromptTrack], due: Mapping[int, SwitchConfig]
+    ) -> StreamState:
+        """Puts some videos under other texts between two blocks.
+
+        Args:
+          state: consumed.
+          tracks: one per video; those in `due` already stand at the next block, see `next_block`.
+          due: index of each video that changes to what happens to its cache.
+        """
+        if not due:
+            return state
+        text = jnp.stack([track.shown for track in tracks])
+        with self._precision():
+            changed = switch_prompts(self.generator, self.params, state.rollout, text, due)
+        return dataclasses.replace(state, rollout=changed)
+
+    def advance(self, state: StreamState) -> tuple[StreamState, Array, Array | None]:
+        """Generates and decodes the next block. Returns at once; the device works on.
+
+        Args:
+          state: consumed.
+
+        Returns:
+          The next state, the latents float32 `[B, n, h, w, C]`, and the pixels uint8 `[B, v, Y, X, 3]`
+          (None without a decoder).
+        """
+        with self._precision():
+            generated, latents = rollout.step(self.generator, self.params, state.rollout)
+            # A cut's gap is over with its block; without it the next ones run the plain programs again.
+            generated = dataclasses.replace(generated, gap=None)
+            if state.decoder is None:
+                return StreamState(generated, None), latents, None
+            pixels, decoder = _decode(self.vae, self.vae_params, state.decoder, latents)
+        return StreamState(generated, decoder), latents, pixels
+
+    def check_vae(self) -> None:
+        """Refuses to decode without a VAE."""
+        require(
+            self.vae_params is not None,
+            "this checkpoint has no vae; convert it with one, or use stream_latents",
+        )
+
+    @contextlib.contextmanager
+    def text_encoder_open(self) -> Iterator[None]:
+        """Keeps the text encoder's weights between calls, from the first prompt that needs them on."""
+        source = self.encode_prompts
+        with source.hold_open() if isinstance(source, PromptSource) else contextlib.nullcontext():
+            yield
+
+    def release_text_encoder(self, *, idle_seconds: float) -> None:
+        """Lets the text encoder's weights go if no prompt has needed them for so long."""
+        if isinstance(self.encode_prompts, PromptSource):
+            self.encode_prompts.release_idle(idle_seconds)
+
+    # --- stories -------------------------------------------------------------------------------------
+
+    def _checked(
+        self, stories: str | Story | Sequence[str | Story], frames: int, seed: int | Sequence[int]
+    ) -> tuple[tuple[Story, ...], int, np.ndarray]:
+        """The stories, how many blocks they take, and the seeds; UserError if they do not fit."""
+        stories, block = as_stories(stories), self.config.window.block_frames
+        require(frames > 0, f"frames={frames} must be at least 1")
+        for story in stories:
+            check_schedule(story, frames=frames, block_frames=block)
+        return stories, -(-frames // block), noise.seed_array(seed, len(stories))
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        video = self.config.video
+        return self.config.latent_size(
+            video.height if height is None else height, video.width if width is None else width
+        )
+
+    def _blocks(
         self,
-        state: rollout.RolloutState,
+        stories: tuple[Story, ...],
+        blocks: int,
+        seeds: np.ndarray,
+        size: tuple[int, int],
+        *,
+        decodes: bool,
+    ) -> Iterator[tuple[int, Array, Array | None]]:
+        """Yields (position, latents, pixels) of each block as soon as the device has been told."""
+        block, stride = self.config.window.block_frames, self.config.vae.spatial_stride
+        prompts = [prompt for story in stories for prompt in story.prompts]
+        text = dict(zip(prompts, self.encode_prompts(prompts), strict=True))
+        tracks = [PromptTrack(text[story.prompt]) for story in stories]
+        state = self.begin(
+            jnp.stack([track.shown for track in tracks]),
+            seeds,
+            height=size[0] * stride,
+            width=size[1] * stride,
+            total_frames=blocks * block,
+            decodes=decodes,
+        )
+        for frame in range(0, blocks * block, block):
+            tracks, due = self._turn(tracks, stories, frame, text)
+            state = self.switch(state, tracks, due)
+            state, latents, pixels = self.advance(state)
+            yield frame, latents, pixels
+
+    def _turn(
+        self,
+        tracks: Sequence[PromptTrack],
         stories: tuple[Story, ...],
         frame: int,
         text: Mapping[str, Array],
-    ) -> rollout.RolloutState:
-        """Applies the switches that take effect at `frame`."""
-        due = {i: s for i, story in enumerate(stories) for s in story.switches if self._starts(s, frame)}
-        if not due:
-            return state
-        prompts = jnp.stack([text[due[i].prompt if i in due else s.prompt] for i, s in enumerate(stories)])
-        how = {index: self._resolved(switch) for index, switch in due.items()}
-        return switch_prompts(self.generator, self.params, state, prompts, how)
+    ) -> tuple[list[PromptTrack], dict[int, SwitchConfig]]:
+        """The tracks under the block at `frame`, and what happens to the caches of those that change."""
+        block = self.config.window.block_frames
+        moved, due = [], {}
+        for index, (track, story) in enumerate(zip(tracks, stories, strict=True)):
+            for switch in story.switches:
+                if effective_frame(switch.frame, block) == frame:
+                    track = track.switched(
+                        text[switch.prompt],
+                        resolved(switch, self.config.switch),
+                        blocks=blend_blocks(switch.blend_frames, block),
+                        curve=switch.curve,
+                    )
+            track, how = track.next_block()
+            moved.append(track)
+            if how is not None:
+                due[index] = how
+        return moved, due
 
-    def _resolved(self, switch: PromptSwitch) -> SwitchConfig:
-        default = self.config.switch
-        return SwitchConfig(
-            policy=switch.policy or default.policy,
-            keep_sink=default.keep_sink if switch.keep_sink is None else switch.keep_sink,
-        )
-
-    def _starts(self, switch: PromptSwitch, frame: int) -> bool:
-        return effective_frame(switch.frame, self.config.window.block_frames) == frame
-
-    def _decoded(self, blocks: Iterator[tuple[int, Array]], frames: int) -> Iterator[Chunk]:
-        state, pending = None, None
-        for frame, latents in blocks:
-            if state is None:
-                batch, _, height, width, _ = latents.shape
-                state = self.vae.init_decode_state(batch, height=height, width=width)
-            with self._precision():
-                pixels, state = _decode(self.vae, self.vae_params, state, latents)
-            if pending is not None:
-                yield self._chunk(*pending, frames)
-            pending = (frame, latents, pixels)
-        if pending is not None:
-            yield self._chunk(*pending, frames)
-
-    def _chunk(self, frame: int, latents: Array, pixels: Array, frames: int) -> Chunk:
+    def _chunk(self, frame: int, latents: Array, pixels: Array | None, frames: int) -> Chunk:
         """Fetches one block, cut off at the end of the video."""
         vae = self.config.vae
         kept = min(latents.shape[1], frames - frame)
@@ -306,43 +429,21 @@ class Pipeline:
         return matmul_precision(self.config)
 
 
-def switch_prompts(
-    generator: rollout.Generator,
-    params: Params,
-    state: rollout.RolloutState,
-    text: ArrayLike,
-    due: Mapping[int, SwitchConfig],
-) -> rollout.RolloutState:
-    """Switches some samples of a batch to new prompts, together where their policies agree.
+def resolved(switch: PromptSwitch, default: SwitchConfig) -> SwitchConfig:
+    """What a switch does to the cache: as it says, else as the config does."""
+    return SwitchConfig(
+        policy=switch.policy or default.policy,
+        keep_sink=default.keep_sink if switch.keep_sink is None else switch.keep_sink,
+    )
 
-    Args:
-      generator: the rollout.
-      params: the transformer's parameters.
-      state: the state between two blocks; consumed.
-      text: `[B, M, text_dim]` new prompt embeddings (any values for the other samples).
-      due: sample index to how it switches.
 
-    Returns:
-      The state for the next block.
-    """
-    frame, starts = int(state.frame), np.asarray(state.cache.start)
-
-    def how(index: int) -> tuple[SwitchPolicy, int, bool]:
-        if due[index].policy != "recache":
-            return due[index].policy, 0, False
-        generated = frame - int(starts[index])
-        keeps = generator.keeps_sink(generated, due[index].keep_sink)
-        return "recache", generator.recache_frames(generated), keeps
-
-    for (policy, frames, keeps), group in itertools.groupby(sorted(due, key=how), key=how):
-        mask = np.zeros(len(starts), bool)
-        mask[list(group)] = True
-        arguments = (generator, params, state, text, mask)
-        if policy == "recache":
-            state = rollout.recache(*arguments, frames=frames, keep_sink=keeps)
-        else:
-            state = (rollout.keep if policy == "keep" else rollout.clear)(*arguments)
-    return state
+def one_ahead(blocks: Iterator[T]) -> Iterator[T]:
+    """Asks for each item before it yields the one before: the device never waits for the host."""
+    pending = list(itertools.islice(blocks, 1))
+    for item in blocks:
+        yield pending.pop()
+        pending.append(item)
+    yield from pending
 
 
 def matmul_precision(config: PipelineConfig) -> contextlib.AbstractContextManager[None]:
@@ -382,19 +483,17 @@ def _merge_lora(params: Params, adapters: Params, *, scale: float) -> Params:
     return lora.merge(params, adapters, scale=scale)
 
 
-def _prompt_encoder(
+def _prompt_source(
     opened: checkpoint_lib.Checkpoint, config: PipelineConfig, *, device: Device
-) -> Callable[[Sequence[str]], Array]:
-    def encode(prompts: Sequence[str]) -> Array:
+) -> PromptSource:
+    def make() -> PromptEncoder:
         module = text_encoder_of(config)
         expected = _shapes(text_encoder_lib.init_params, module)
         tokenizer = Tokenizer.from_file(opened.tokenizer_path, config.text_encoder)
         load = functools.partial(opened.load, "text_encoder", dtype=config.dtype, expect=expected)
-        fingerprint = opened.fingerprint("text_encoder")
-        with PromptEncoder(tokenizer, module, load, fingerprint, device=device) as encoder:
-            return encoder.encode(prompts)
+        return PromptEncoder(tokenizer, module, load, opened.fingerprint("text_encoder"), device=device)
 
-    return encode
+    return PromptSource(make)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

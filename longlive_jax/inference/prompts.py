@@ -2,7 +2,8 @@
 
 The encoder is several times larger than the model that makes the video (11 GB against 3 GB in
 bfloat16), and its output depends on the prompt alone. So its parameters are loaded only when a
-prompt is not in the cache, and let go as soon as the caller says so.
+prompt is not in the cache, and let go as soon as the caller says so: after each call of a pipeline, and
+when nobody has needed them for a while in a live session, which holds a `PromptSource` open.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import os
 import pathlib
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Literal
@@ -50,6 +52,7 @@ class _Held:
     """The one mutable part of a `PromptEncoder`: parameters, while they are loaded."""
 
     params: Params | None = None
+    last_used: float = 0.0
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
 
@@ -103,6 +106,12 @@ class PromptEncoder:
         with self._held.lock:
             self._held.params = None
 
+    def release_idle(self, seconds: float) -> None:
+        """Lets the parameters go if no prompt has needed them for `seconds`."""
+        with self._held.lock:
+            if time.monotonic() - self._held.last_used >= seconds:
+                self._held.params = None
+
     def encode(self, prompts: Sequence[str]) -> Array:
         """Embeds prompts.
 
@@ -135,6 +144,7 @@ class PromptEncoder:
         with _running_on(self.device) as device:
             embedded = _embed(self.module, self._params(device), ids, lengths)
         rows = np.asarray(embedded)[0, :length]
+        self._held.last_used = time.monotonic()
         if file is not None:
             _write_rows(file, rows)
         return rows
@@ -143,6 +153,7 @@ class PromptEncoder:
         with self._held.lock:
             if self._held.params is None:
                 self._held.params = jax.device_put(self.load_params(), device)
+            self._held.last_used = time.monotonic()
             return self._held.params
 
     def _cache_file(self, prompt: str, ids: np.ndarray) -> pathlib.Path | None:
@@ -158,6 +169,51 @@ class PromptEncoder:
         }
         key = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
         return pathlib.Path(self.cache_dir) / f"{key}.safetensors"
+
+
+class PromptSource:
+    """One shared `PromptEncoder`, made when it is first needed; call it with prompts.
+
+    The encoder's parameters are let go after every call, so that the video model has the memory, unless
+    somebody holds them open. Safe to use from several threads.
+    """
+
+    def __init__(self, make: Callable[[], PromptEncoder]) -> None:
+        self._make = make
+        self._encoder: PromptEncoder | None = None
+        self._holders = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, prompts: Sequence[str]) -> Array:
+        """Embeddings `[B, M, D]`, see `PromptEncoder.encode`."""
+        with self._lock:
+            if self._encoder is None:
+                self._encoder = self._make()
+            encoder = self._encoder
+        try:
+            return encoder.encode(prompts)
+        finally:
+            with self._lock:
+                if not self._holders:
+                    encoder.release()
+
+    @contextlib.contextmanager
+    def hold_open(self) -> Iterator[None]:
+        """Keeps the parameters from the first prompt that needs them until the last holder leaves."""
+        with self._lock:
+            self._holders += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._holders -= 1
+                if self._encoder is not None and not self._holders:
+                    self._encoder.release()
+
+    def release_idle(self, seconds: float) -> None:
+        """Lets the parameters go, held or not, if no prompt has needed them for `seconds`."""
+        if self._encoder is not None:
+            self._encoder.release_idle(seconds)
 
 
 @functools.partial(jax.jit, static_argnums=0)

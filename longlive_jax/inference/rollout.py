@@ -20,8 +20,16 @@ from longlive_jax.cache import BlockKV, KVCache
 from longlive_jax.config import SamplerConfig, WindowConfig
 from longlive_jax.diffusion import noise as noise_lib
 from longlive_jax.diffusion import schedule
+from longlive_jax.models import rope
 from longlive_jax.models.transformer import TextContext, Transformer
 from longlive_jax.types import Array, Params, pytree
+
+FLUSH_FRAMES = 2
+"""Latest frames that a flush keeps beside the sink."""
+
+CUT_GAP = 40
+"""Frames of distance a cut puts between what is kept and the next block: Infinity-RoPE puts a block that
+would follow 5 kept frames at positions 45 to 47 of the window."""
 
 
 @pytree
@@ -34,6 +42,8 @@ class RolloutState:
       history: `[B, W, h, w, C]` float32, the latest latents, newest last; what a recache reads.
       seeds: uint32 `[B]`.
       frame: int32 scalar, position of the next frame to generate.
+      gap: int32 `[B]`, how much further from the frames before it the next block sits: more than 0 right
+        after a cut only. None until the first cut, so that a rollout without one is the plain program.
     """
 
     cache: KVCache
@@ -41,6 +51,7 @@ class RolloutState:
     history: Array
     seeds: Array
     frame: Array
+    gap: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +127,10 @@ class Generator:
             state.seeds, positions, jnp.int32(noise_lib.INITIAL_STEP), _frame_shape(state.history)
         )
         latents = self.denoise(params, state, cache, start, positions)
-        own = self.context_pass(params, state.text, latents, positions, cache_lib.context(cache))
+        places = _places(state, positions)
+        own = self.context_pass(params, state.text, latents, places, cache_lib.context(cache))
+        if state.gap is not None:
+            own = dataclasses.replace(own, key=rope.shift_frames(own.key, -state.gap))
         history = jnp.concatenate([state.history, latents], axis=1)[:, -state.history.shape[1] :]
         return (
             dataclasses.replace(
@@ -124,6 +138,7 @@ class Generator:
                 cache=cache_lib.write(cache, own, state.frame),
                 history=history,
                 frame=state.frame + block,
+                gap=None if state.gap is None else jnp.zeros_like(state.gap),
             ),
             latents,
         )
@@ -147,11 +162,11 @@ class Generator:
           x0, float32 `[B, F, h, w, C]`.
         """
         steps = schedule.few_step_table(self.sampler)
-        context = cache_lib.context(cache)
+        context, places = cache_lib.context(cache), _places(state, positions)
 
         def one_pass(x: Array, step: tuple[Array, ...]) -> tuple[Array, None]:
             timestep, sigma, next_sigma, index = step
-            velocity, _ = self.velocity(params, x, timestep, state.text, positions, context)
+            velocity, _ = self.velocity(params, x, timestep, state.text, places, context)
             x0 = x - sigma * velocity
             fresh = self.noise(state.seeds, positions, index + 1, _frame_shape(x))
             return (1 - next_sigma) * x0 + next_sigma * fresh, None
@@ -226,6 +241,37 @@ class Generator:
         emptied = cache_lib.restart(state.cache, state.frame)
         return dataclasses.replace(state, cache=cache_lib.select(mask, emptied, state.cache))
 
+    def flush(
+        self, params: Params, state: RolloutState, text: Array, mask: Array, *, frames: int = FLUSH_FRAMES
+    ) -> RolloutState:
+        """New prompts and a cache that keeps only the sink and the latest `frames` frames; no pass.
+
+        Source: Infinity-RoPE (arXiv 2511.20649). The arguments are those of `keep`.
+        """
+        state = self.keep(params, state, text, mask)
+        return dataclasses.replace(state, cache=cache_lib.flush(state.cache, mask, frames=frames))
+
+    def cut(
+        self,
+        params: Params,
+        state: RolloutState,
+        text: Array,
+        mask: Array,
+        *,
+        frames: int = FLUSH_FRAMES,
+        gap: int = CUT_GAP,
+    ) -> RolloutState:
+        """A `flush` after which the next block sits `gap` frames away from what is kept: a new scene.
+
+        The block's passes see the kept frames at that distance. Its keys enter the cache without it, so
+        that later blocks see one sequence again. Rotations compose, so nothing else has to be stored.
+
+        Source: Infinity-RoPE (arXiv 2511.20649). The arguments are those of `flush`.
+        """
+        state = self.flush(params, state, text, mask, frames=frames)
+        pending = jnp.zeros(mask.shape, jnp.int32) if state.gap is None else state.gap
+        return dataclasses.replace(state, gap=jnp.where(mask, jnp.int32(gap), pending))
+
     def recache(
         self,
         params: Params,
@@ -269,6 +315,37 @@ class Generator:
         rebuilt = cache_lib.write(cache, own, first)
         return dataclasses.replace(state, cache=cache_lib.select(mask, rebuilt, state.cache))
 
+    def recache_extent(self, *, frame: int, start: int, ring_start: int, keep_sink: bool) -> tuple[int, bool]:
+        """What a recache of one sample reads: the values of `frames` and `keep_sink` for `recache`.
+
+        Where frames are missing between the sink and the ring (after a flush, or a change of the window),
+        only those since then follow each other; the sink stays or is replaced by the oldest of them.
+
+        Args:
+          frame: the next frame.
+          start: `cache.start` of the sample.
+          ring_start: `cache.ring_start` of the sample.
+          keep_sink: the setting.
+        """
+        sink = self.window.sink_frames
+        if ring_start <= start + sink or not self.window.is_bounded:
+            return self.recache_frames(frame - start), self.keeps_sink(frame - start, keep_sink)
+        keeps_sink = keep_sink and sink > 0
+        return self.recache_frames(frame - ring_start + (sink if keeps_sink else 0)), keeps_sink
+
+    def resize(self, state: RolloutState) -> RolloutState:
+        """Fits a state of another bounded window to this generator's; no pass of the model.
+
+        Frames that the old window has forgotten do not come back: a larger one fills with the next blocks.
+        """
+        missing = self.window.window_frames - state.history.shape[1]
+        history = jnp.pad(state.history, ((0, 0), (max(missing, 0), 0), (0, 0), (0, 0), (0, 0)))
+        return dataclasses.replace(
+            state,
+            cache=cache_lib.resize(state.cache, self.window),
+            history=history[:, history.shape[1] - self.window.window_frames :],
+        )
+
     def recache_frames(self, generated: int) -> int:
         """Latents a recache reads when `generated` frames lie behind (since the last clear)."""
         return min(generated, self.window.window_frames) if self.window.is_bounded else generated
@@ -280,6 +357,11 @@ class Generator:
         everything, sink included, whatever the setting.
         """
         return keep_sink and self.window.is_bounded and generated > self.window.window_frames
+
+
+def _places(state: RolloutState, positions: Array) -> Array:
+    """Where rotary embedding puts the next block, `[F]` or `[B, F]`; its noise stays that of its frames."""
+    return positions if state.gap is None else positions + state.gap[:, None]
 
 
 def _frame_shape(latents: Array) -> tuple[int, int, int]:
@@ -333,6 +415,41 @@ def clear(
 ) -> RolloutState:
     """Compiled `Generator.clear`; consumes `state`."""
     return generator.clear(params, state, text, mask)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2, static_argnames="frames")
+def flush(
+    generator: Generator,
+    params: Params,
+    state: RolloutState,
+    text: Array,
+    mask: Array,
+    *,
+    frames: int = FLUSH_FRAMES,
+) -> RolloutState:
+    """Compiled `Generator.flush`; consumes `state`."""
+    return generator.flush(params, state, text, mask, frames=frames)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2, static_argnames=("frames", "gap"))
+def cut(
+    generator: Generator,
+    params: Params,
+    state: RolloutState,
+    text: Array,
+    mask: Array,
+    *,
+    frames: int = FLUSH_FRAMES,
+    gap: int = CUT_GAP,
+) -> RolloutState:
+    """Compiled `Generator.cut`; consumes `state`."""
+    return generator.cut(params, state, text, mask, frames=frames, gap=gap)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def resize(generator: Generator, state: RolloutState) -> RolloutState:
+    """Compiled `Generator.resize`; `state` stays as it is."""
+    return generator.resize(state)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2, static_argnames=("frames", "keep_sink"))

@@ -12,6 +12,7 @@ from longlive_jax.toy.scores import (
     Scores,
     SwitchScores,
     score,
+    score_spans,
     score_switch,
     summarise,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "sample_scenes",
     "sample_switch",
     "score",
+    "score_spans",
     "score_switch",
     "summarise",
     "vocabulary",

@@ -25,6 +25,10 @@ one that stays still.
 """
 
 
+_HELD = 0.75
+"""Share of the frames in which an attribute that holds reads as asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Scores:
     """Scores of B clips in W windows.
@@ -71,22 +75,43 @@ def score(world: World, readings: Readings, targets: np.ndarray, *, window_frame
     Raises:
       UserError: targets of another shape, or windows that are too short or longer than the video.
     """
-    batch, frames = readings.present.shape
-    targets = _per_frame(targets, batch, frames)
+    frames = readings.present.shape[1]
     require(
         MOTION_SPAN <= window_frames <= frames,
         f"window_frames={window_frames} must be between {MOTION_SPAN} and the video's {frames} frames",
     )
-    edges = np.arange(frames // window_frames) * window_frames
+    edges = [*(window_frames * i for i in range(frames // window_frames)), frames]
+    return score_spans(world, readings, targets, spans=tuple(itertools.pairwise(edges)))
+
+
+def score_spans(
+    world: World, readings: Readings, targets: np.ndarray, *, spans: Sequence[tuple[int, int]]
+) -> Scores:
+    """As `score`, with windows of any place and length.
+
+    Args:
+      world: geometry.
+      readings: of B clips with V frames.
+      targets: codes, int [B, 4] or, where they change with time, [B, V, 4].
+      spans: (first, end) video frames of every window, `end` not included. The first window begins with
+        the video: it is what identity and drift compare with.
+
+    Raises:
+      UserError: targets of another shape, or spans that are empty or not in the video.
+    """
+    batch, frames = readings.present.shape
+    targets = _per_frame(targets, batch, frames)
+    require(
+        len(spans) > 0 and spans[0][0] == 0 and all(0 <= a < b <= frames for a, b in spans),
+        f"spans={spans} must begin with the video and lie in its {frames} frames",
+    )
 
     def windows(values: np.ndarray) -> np.ndarray:
         """Means over windows: [B, V, ...] -> [B, W, ...]."""
-        counts = np.diff(np.append(edges, values.shape[1]))
-        totals = np.add.reduceat(np.asarray(values, np.float64), edges, axis=1)
-        return totals / counts.reshape(-1, *(1,) * (values.ndim - 2))
+        return np.stack([np.mean(values[:, a:b], axis=1, dtype=np.float64) for a, b in spans], axis=1)
 
     right = matches(world, readings, targets)
-    drift = _Drift(world, readings, targets, window_frames)
+    drift = _Drift(world, readings, targets, spans[0][1])
     sharpness, contrast = windows(readings.sharpness), windows(drift.relative_contrast())
     flicker = np.concatenate([readings.flicker, readings.flicker[:, -1:]], axis=1)  # one value per frame
     return Scores(
@@ -218,6 +243,8 @@ class SwitchScores:
         all four changed.
       held: whether, from the third block after the switch to the last window, every changed attribute
         reads as new in at least three frames of four, bool [B].
+      stays: whether every attribute both prompts agree on reads so in at least three of four frames after
+        the switch, [B]; not a number where all four changed.
       identity: size, shade and gradient of each window against the last frames before the switch, as
         `Scores.identity`, [B, W, 3].
       place: pixels by which the sprite's place jumps beyond its own step at the switch, [B]; a quarter
@@ -229,6 +256,7 @@ class SwitchScores:
     old: np.ndarray
     unchanged: np.ndarray
     held: np.ndarray
+    stays: np.ndarray
     identity: np.ndarray
     place: np.ndarray
     jump: np.ndarray
@@ -285,7 +313,8 @@ def score_switch(
         new=share(hit_new, changed),
         old=share(codes == old[:, None], changed),
         unchanged=share(hit_new, ~changed),
-        held=((late >= 0.75) | ~changed[:, 0]).all(1),
+        held=((late >= _HELD) | ~changed[:, 0]).all(1),
+        stays=np.where(changed.all((1, 2)), np.nan, ((hit_new.mean(1) >= _HELD) | changed[:, 0]).all(1)),
         identity=_identity_after(world, readings, frame, window_frames, windows),
         place=_place_jump(world, readings, old, frame),
         jump=_boundary_jump(readings, frame),
@@ -352,23 +381,37 @@ def summarise(
     Returns:
       One interval per field, its arrays shaped like the field without the first axis.
     """
+    return {
+        field.name: bootstrap(getattr(scores, field.name), level=level, resamples=resamples, seed=seed)
+        for field in dataclasses.fields(scores)
+    }
+
+
+def bootstrap(values: np.ndarray, *, level: float = 0.95, resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean over clips with its bootstrap confidence interval.
+
+    Args:
+      values: [B, ...]; entries that are not a number are left out.
+      level: share of the resampled means inside the interval, in (0, 1).
+      resamples: bootstrap samples.
+      seed: of the resampling; arrays of equally many clips are resampled alike.
+
+    Returns:
+      The interval, its arrays shaped like `values` without the first axis.
+    """
     require(0 < level < 1, f"level={level} must be in (0, 1)")
     require(resamples > 0, f"resamples={resamples} must be positive")
     tails: Sequence[float] = ((1 - level) / 2, (1 + level) / 2)
-    result = {}
-    for field in dataclasses.fields(scores):
-        values = np.asarray(getattr(scores, field.name), np.float64)
-        clips = len(values)
-        flat = values.reshape(clips, -1)
-        # How often each clip is drawn; the same draws for every field, so that they can be compared.
-        weights = generator(seed).multinomial(clips, np.full(clips, 1 / clips), size=resamples)
-        valid = ~np.isnan(flat)
-        filled = np.where(valid, flat, 0)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            mean = filled.sum(0) / valid.sum(0)
-            drawn = weights @ valid
-            means = np.where(drawn > 0, (weights @ filled) / drawn, mean)
-        low, high = np.quantile(means, tails, axis=0)
-        shape = values.shape[1:]
-        result[field.name] = Interval(mean.reshape(shape), low.reshape(shape), high.reshape(shape))
-    return result
+    values = np.asarray(values, np.float64)
+    clips, shape = len(values), values.shape[1:]
+    flat = values.reshape(clips, -1)
+    # How often each clip is drawn; the same draws for every score, so that they can be compared.
+    weights = generator(seed).multinomial(clips, np.full(clips, 1 / clips), size=resamples)
+    valid = ~np.isnan(flat)
+    filled = np.where(valid, flat, 0)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        mean = filled.sum(0) / valid.sum(0)
+        drawn = weights @ valid
+        means = np.where(drawn > 0, (weights @ filled) / drawn, mean)
+    low, high = np.quantile(means, tails, axis=0)
+    return Interval(mean.reshape(shape), low.reshape(shape), high.reshape(shape))

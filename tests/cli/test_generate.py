@@ -15,7 +15,7 @@ import pytest
 
 from longlive_jax import video
 from longlive_jax.cli import common, outputs
-from longlive_jax.cli.generate import _switch_frame
+from longlive_jax.cli.options import switch_frame
 from longlive_jax.config import preset
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
@@ -173,7 +173,10 @@ FOX = ("--prompt", "a fox")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (FOX, "--checkpoint is missing; make one with `longlive setup`"),
+        (
+            FOX,
+            "--checkpoint is missing; make one with `longlive setup`, or try the small model",
+        ),
         (("--checkpoint", "TINY"), "give either --prompt or --prompt-file"),
         (("--checkpoint", "TINY", *FOX, "--prompt-file", "p.txt"), "give either --prompt or --prompt-file"),
         (("--checkpoint", "nowhere", *FOX), "checkpoint=nowhere is no"),
@@ -199,7 +202,7 @@ FOX = ("--prompt", "a fox")
         (("--checkpoint", "TINY", *FOX, *FOX), "2 prompts need 1 switch frames, not 0"),
         (
             ("--checkpoint", "TINY", *FOX, *FOX, "--switch-at", "soon"),
-            "--switch-at=soon must be a latent frame",
+            "--switch-at='soon' must be a latent frame",
         ),
         (("--checkpoint", "TINY", *FOX, *FOX, "--switch-at", 21), "the video has 21 latent frames"),
         (("--checkpoint", "TINY", "--prompt-file", "absent.txt"), "prompt file absent.txt cannot be read"),
@@ -274,10 +277,10 @@ def test_our_own_faults_show_a_traceback(longlive, tiny, monkeypatch):
 
 def test_switch_times():
     config = preset("tiny")
-    assert [_switch_frame(text, config) for text in ("40", "10s", "0.5 s", ".5s")] == [40, 41, 3, 3]
+    assert [switch_frame(text, config) for text in ("40", "10s", "0.5 s", ".5s")] == [40, 41, 3, 3]
     for wrong in ("", "s", "-3", "3.5", "1e3s"):
         with pytest.raises(UserError, match="must be a latent frame"):
-            _switch_frame(wrong, config)
+            switch_frame(wrong, config)
 
 
 def test_names():

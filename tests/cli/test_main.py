@@ -11,7 +11,10 @@ import pytest
 from longlive_jax import verify
 from longlive_jax.cli.main import build_parser
 
-COMMANDS = ("generate", "setup", "convert", "export", "inspect", "verify", "memory", "version")
+COMMANDS = (
+    *("generate", "interactive", "setup", "convert", "export"),
+    *("inspect", "train", "verify", "memory", "version"),
+)
 
 
 def python(*words: str) -> tuple[float, str]:

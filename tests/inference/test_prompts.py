@@ -310,3 +310,50 @@ def test_a_bare_string_is_refused(make):
 def test_tokenizer_and_encoder_must_belong_together(make):
     with pytest.raises(ValueError, match="another TextEncoderConfig"):
         dataclasses.replace(make(), module=TextEncoder(dataclasses.replace(CONFIG, text_len=8)))
+
+
+# --- one encoder for everything that runs on a pipeline ---------------------------------------------
+
+
+def source_of(make, **changes) -> tuple[prompts_lib.PromptSource, Loader]:
+    made = []
+
+    def once() -> PromptEncoder:
+        assert not made, "one encoder is enough"
+        made.append(make(cache_dir=None, **changes))
+        return made[0]
+
+    return prompts_lib.PromptSource(once), make().load_params
+
+
+def test_a_source_lets_the_parameters_go_after_every_call_unless_it_is_held_open(make):
+    source, loader = source_of(make)
+    for calls in (1, 2):
+        assert source(WORLD).shape == (3, 12, 16)
+        assert loader.calls == calls
+        assert source._encoder._held.params is None
+    with source.hold_open():
+        with source.hold_open():
+            assert source._encoder._held.params is None  # not before a prompt needs them
+            source(WORLD[:1])
+            source(WORLD[1:])
+        assert source._encoder._held.params is not None  # another one holds it still
+        assert loader.calls == 3
+    assert source._encoder._held.params is None
+
+
+def test_what_is_held_open_goes_when_nobody_has_needed_it_for_a_while(make, monkeypatch):
+    source, loader = source_of(make)
+    source.release_idle(0)  # nothing is there yet
+    now = [100.0]
+    monkeypatch.setattr(prompts_lib.time, "monotonic", lambda: now[0])
+    with source.hold_open():
+        source(WORLD)
+        now[0] += 59
+        source.release_idle(60)
+        assert source._encoder._held.params is not None
+        now[0] += 1
+        source.release_idle(60)
+        assert source._encoder._held.params is None
+        source(WORLD)
+        assert loader.calls == 2

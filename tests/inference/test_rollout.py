@@ -1,6 +1,7 @@
 """What a rollout promises: scan = stream, ring = dense attention, samples independent of their batch."""
 
 import dataclasses
+import functools
 import re
 
 import jax
@@ -271,3 +272,120 @@ def test_the_compiled_program_never_copies_the_cache(params, rope, scanned):
             made.setdefault(found[2], []).append(line.strip())
     assert "scatter" in made  # the search sees what it is looking for
     assert not {"copy", "transpose", "concatenate", "gather", "select"} & set(made), made
+
+
+# --- flush, cut and other windows -------------------------------------------------------------------
+
+EVERYONE = np.ones(1, bool)
+
+
+def streamed(gen, params, blocks):
+    return stream(gen, params, begin(gen, params, prompts(1), [8]), blocks)[0]
+
+
+@pytest.mark.parametrize("rope", ["absolute", "relative"])
+def test_three_blocks_after_a_flush_equal_those_after_a_fresh_cache_of_the_same_frames(params, rope):
+    gen, text = generator(rope=rope), prompts(2)
+    cache_lib = rollout.cache_lib
+    state = rollout.flush(gen, params, streamed(gen, params, 5), text[1:], EVERYONE)
+    kept = cache_lib.frames_at(state.cache, jnp.asarray([[0, 1, 2, 13, 14]]))
+    pristine = kept.key[:, :, :3] if rope == "absolute" else state.cache.sink_key
+    fresh = begin(gen, params, text[1:], [8])
+    cache = cache_lib.write(fresh.cache, cache_lib.BlockKV(pristine, kept.value[:, :, :3]), 0)
+    cache = dataclasses.replace(cache, ring_start=jnp.asarray([13]))
+    cache = cache_lib.write(cache, jax.tree.map(lambda x: x[:, :, 3:], kept), 13)
+    fresh = dataclasses.replace(fresh, cache=cache, frame=jnp.int32(15))
+    flushed, expected = (stream(gen, params, s, 3)[1] for s in (state, fresh))
+    np.testing.assert_allclose(flushed, expected, **ROUNDING)
+
+
+def test_a_cut_moves_the_kept_frames_away_for_one_block_only(params):
+    """Against turning the keys of everything kept back by the gap, which rotations cannot tell apart."""
+    gen, text = generator(rope="relative"), prompts(2)
+    cache_lib, gap = rollout.cache_lib, 17
+    flushed = rollout.flush(gen, params, streamed(gen, params, 5), text[1:], EVERYONE)
+    placed = cache_lib.place_sink(flushed.cache, flushed.frame + 3)
+    turned = rollout.rope.shift_frames(placed.key, jnp.asarray([-gap]))
+    context = cache_lib.context(dataclasses.replace(placed, key=turned))
+    noise = gen.noise(flushed.seeds, jnp.arange(15, 18), jnp.int32(0), (*SIZE, 4))
+    expected, own = by_hand(gen, params, flushed, noise, context)
+
+    state = rollout.cut(gen, params, streamed(gen, params, 5), text[1:], EVERYONE, gap=gap)
+    again = jax.tree.map(jnp.copy, state)
+    kept = np.asarray(state.cache.key[:, :, 3:5])
+    state, latents = rollout.step(gen, params, state)
+    np.testing.assert_allclose(latents, expected, **ROUNDING)
+    # What was kept is untouched, and the block's own keys are those of its frames, not of the gap.
+    np.testing.assert_array_equal(state.cache.key[:, :, 3:5], kept)
+    np.testing.assert_allclose(state.cache.key[:, :, 5:8], own.key, rtol=1e-3, atol=1e-3)
+    assert int(state.gap[0]) == 0
+
+    without = dataclasses.replace(again, gap=jnp.zeros_like(again.gap))
+    plain = dataclasses.replace(jax.tree.map(jnp.copy, again), gap=None)
+    cut_without_gap, flush = (stream(gen, params, s, 2)[1] for s in (without, plain))
+    np.testing.assert_allclose(cut_without_gap, flush, **ROUNDING)
+    assert np.abs(np.asarray(latents) - flush[:, :3]).max() > 1e-3
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def by_hand(gen, params, state, noisy, context):
+    """The passes of a block over a given context: its latents, and the clean pass's keys and values."""
+    steps = rollout.schedule.few_step_table(gen.sampler)
+    positions, x = jnp.arange(15, 18), noisy
+    for index, (t, sigma, next_sigma) in enumerate(
+        zip(steps.timesteps, steps.sigmas, steps.next_sigmas, strict=True)
+    ):
+        velocity, _ = gen.velocity(params, x, jnp.float32(t), state.text, positions, context)
+        fresh = gen.noise(state.seeds, positions, jnp.int32(index + 1), (*SIZE, 4))
+        x = (1 - next_sigma) * (x - sigma * velocity) + next_sigma * fresh
+    return x, gen.context_pass(params, state.text, x, positions, context)
+
+
+def test_one_sample_of_a_batch_is_cut_and_another_flushed(params):
+    gen, text, new = generator(), prompts(2), prompts(2, 1)
+    state, _ = stream(gen, params, begin(gen, params, text, [4, 9]), 4)
+    state = rollout.cut(gen, params, state, new, np.asarray([True, False]))
+    state = rollout.flush(gen, params, state, new, np.asarray([False, True]))
+    _, together = stream(gen, params, state, 2)
+    for row, (seed, policy) in enumerate(((4, rollout.cut), (9, rollout.flush))):
+        state, _ = stream(gen, params, begin(gen, params, text[row : row + 1], [seed]), 4)
+        state = policy(gen, params, state, new[row : row + 1], EVERYONE)
+        np.testing.assert_allclose(together[row], stream(gen, params, state, 2)[1][0], **ROUNDING)
+
+
+def test_a_recache_after_a_flush_reads_the_frames_since(params):
+    gen = generator()
+    extent = {"start": 0, "keep_sink": True}
+    assert gen.recache_extent(frame=9, ring_start=3, **extent) == (9, False)  # as the release does
+    assert gen.recache_extent(frame=30, ring_start=3, **extent) == (12, True)
+    assert gen.recache_extent(frame=33, ring_start=28, **extent) == (8, True)  # the sink and 28..32
+    assert gen.recache_extent(frame=60, ring_start=28, **extent) == (12, True)
+    assert gen.recache_extent(frame=33, start=0, ring_start=28, keep_sink=False) == (5, False)
+
+    text = prompts(2)
+    for keep_sink, length in ((True, 8), (False, 5)):
+        state = rollout.flush(gen, params, streamed(gen, params, 6), text[:1], EVERYONE)
+        state, _ = stream(gen, params, state, 1)
+        before = np.asarray(state.cache.value)
+        frames, keeps = gen.recache_extent(frame=21, start=0, ring_start=16, keep_sink=keep_sink)
+        state = rollout.recache(gen, params, state, text[1:], EVERYONE, frames=frames, keep_sink=keeps)
+        after = np.asarray(state.cache.value)
+        assert np.array_equal(after[:, :, :3], before[:, :, :3]) == keep_sink
+        assert np.abs(after[-1, :, 3:5] - before[-1, :, 3:5]).min() > 0  # no text reaches the first layer
+        assert (int(state.cache.length[0]), int(state.cache.end[0])) == (length, 21)
+
+
+def test_another_window_goes_on_from_the_frames_there_are(params):
+    """While none is evicted growing changes nothing; after that, shrinking keeps the latest."""
+    small, large = generator(9, 3, 3), generator()
+    state = rollout.resize(large, streamed(small, params, 2))
+    assert state.history.shape[1] == 12
+    grown, always = (stream(large, params, s, 2)[1] for s in (state, streamed(large, params, 2)))
+    np.testing.assert_allclose(grown, always, **ROUNDING)
+
+    wide = streamed(large, params, 6)
+    state = rollout.resize(small, wide)
+    flushed = rollout.flush(large, params, wide, prompts(1), EVERYONE, frames=3)
+    _, expected = stream(large, params, flushed, 1)
+    _, latents = stream(small, params, state, 1)
+    np.testing.assert_allclose(latents, expected, **ROUNDING)

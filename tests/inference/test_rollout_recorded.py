@@ -186,8 +186,9 @@ def test_clear_equals_the_recording_but_for_its_stale_sink(monkeypatch):
         positions = state.frame + jnp.arange(3)
         noisy = generator.noise(state.seeds, positions, jnp.int32(0), (6, 8, 16))
         _, stale = generator.velocity(params, noisy, jnp.float32(1000), state.text, positions, None)
+        first = state.frame[None]
         cache = dataclasses.replace(
-            generator_cache_of(stale), start=state.frame[None], end=state.frame[None] + 3
+            generator_cache_of(stale), start=first, ring_start=first + 3, end=first + 3
         )
         with monkeypatch.context() as patch:
             patch.setattr(transformer_lib, "windowed_attention", attend_to_context_alone)
@@ -207,7 +208,7 @@ def test_clear_equals_the_recording_but_for_its_stale_sink(monkeypatch):
 def generator_cache_of(own):
     window = WindowConfig(window_frames=6, sink_frames=3, block_frames=3)
     empty = jnp.zeros(1, jnp.int32)
-    return cache_lib.KVCache(own.key, own.value, None, empty, empty, window)
+    return cache_lib.KVCache(own.key, own.value, None, empty, empty + 3, empty, window)
 
 
 def attend_to_context_alone(query, key, value, *, context=None, implementation="auto"):

@@ -1,6 +1,8 @@
 """Stories: prompt files are read as documented and every mistake in them is named with its line."""
 
 import json
+import pathlib
+import re
 
 import pytest
 from hypothesis import given
@@ -47,6 +49,14 @@ def test_seconds_are_the_videos_seconds():
         stories.frames_from_seconds(float("inf"), **RATE)
 
 
+def test_times_and_durations():
+    assert [stories.time_of(text) for text in ("40", "10s", "0.5 s", ".5s")] == [
+        (40, None), (None, 10), (None, 0.5), (None, 0.5),
+    ]  # fmt: skip
+    assert [stories.frames_lasting(seconds, **RATE) for seconds in (0, 0.25, 1, 1.01)] == [0, 1, 4, 5]
+    assert [stories.blend_blocks(frames, 3) for frames in (None, 0, 1, 3, 4)] == [1, 1, 1, 1, 2]
+
+
 @given(
     frames=st.integers(0, 5000),
     fps=st.integers(1, 60),
@@ -63,6 +73,17 @@ def test_schedule_must_show_every_prompt():
     stories.check_schedule(late, frames=22, block_frames=3)
     with pytest.raises(UserError, match=r"frame 19 takes effect at frame 21, but the video has 21"):
         stories.check_schedule(late, frames=21, block_frames=3)
+    for blend, words in ((6, None), (7, "reaches its prompt at frame 12, but the next prompt begins at")):
+        story = Story("a", (PromptSwitch(4, "b", blend_frames=blend), PromptSwitch(12, "c")))
+        if words is None:
+            stories.check_schedule(story, frames=21, block_frames=3)
+        else:
+            with pytest.raises(UserError, match=words):
+                stories.check_schedule(story, frames=21, block_frames=3)
+    with pytest.raises(UserError, match="reaches its prompt at frame 21, but the video ends at frame 21"):
+        stories.check_schedule(
+            Story("a", (PromptSwitch(15, "b", blend_frames=9),)), frames=21, block_frames=3
+        )
     close = Story("a", (PromptSwitch(4, "b"), PromptSwitch(6, "c")))
     stories.check_schedule(close, frames=21, block_frames=2)
     with pytest.raises(UserError, match=r"both take effect at frame 6 \(blocks have 3 frames\)"):
@@ -98,6 +119,9 @@ def test_stories_are_hashable_even_when_built_with_lists():
             "policy='forget' must be one of recache, keep",
         ),
         (lambda: PromptSwitch(3, "a", keep_sink="no"), "keep_sink='no' must be true or false"),
+        (lambda: PromptSwitch(3, "a", blend_frames=-1), "blend_frames=-1 must be a whole number"),
+        (lambda: PromptSwitch(3, "a", blend_frames=1.5), r"blend_frames=1\.5 must be a whole number"),
+        (lambda: PromptSwitch(3, "a", curve="wavy"), "curve='wavy' must be one of linear, spherical"),
         (lambda: Story("a", (PromptSwitch(6, "b"), PromptSwitch(6, "c"))), "6, 6 must rise"),
         (lambda: stories.story_from_prompts([]), "at least one"),
         (lambda: stories.story_from_prompts(["a", "b"]), "2 prompts need 1 switch frames, not 0"),
@@ -111,7 +135,12 @@ def test_what_makes_no_story(build, message):
 
 
 def test_dictionaries_round_trip():
-    story = Story("a", (PromptSwitch(3, "b", "keep", True), PromptSwitch(9, "c", keep_sink=False)))
+    switches = (
+        PromptSwitch(3, "b", "keep", True),
+        PromptSwitch(9, "c", keep_sink=False),
+        PromptSwitch(15, "d", "cut", blend_frames=6, curve="spherical"),
+    )
+    story = Story("a", switches)
     entry = json.loads(json.dumps(stories.to_dict(story)))
     assert stories.from_dict(entry, **RATE) == story
 
@@ -129,6 +158,10 @@ def test_release_jsonl_takes_its_switch_frames_apart(tmp_path):
     first, second = read(tmp_path, text, switch_frames=[4, 14])
     assert first == Story("a", (PromptSwitch(4, "b"), PromptSwitch(14, "c")))
     assert second.prompts == ("d", "e", "f")
+    own, other = read(
+        tmp_path, '{"prompts": ["a", "b"], "switch_frames": [7]}\n{"prompts": ["c", "d"]}', switch_frames=[9]
+    )
+    assert [story.switches[0].frame for story in (own, other)] == [7, 9]
 
 
 def test_segments(tmp_path):
@@ -136,11 +169,19 @@ def test_segments(tmp_path):
         "segments": [
             {"prompt": "a", "at_seconds": 0},
             {"prompt": "b", "at_seconds": 5.0, "policy": "keep"},
-            {"prompt": "c", "at_frame": 40, "keep_sink": False},
+            {"prompt": "c", "at_frame": 40, "keep_sink": False, "blend_seconds": 2, "curve": "spherical"},
+            {"prompt": "d", "at_seconds": 15, "blend_frames": 6, "policy": "cut"},
         ]
     }
     assert read(tmp_path, json.dumps(line)) == (
-        Story("a", (PromptSwitch(21, "b", policy="keep"), PromptSwitch(40, "c", keep_sink=False))),
+        Story(
+            "a",
+            (
+                PromptSwitch(21, "b", policy="keep"),
+                PromptSwitch(40, "c", keep_sink=False, blend_frames=8, curve="spherical"),
+                PromptSwitch(61, "d", policy="cut", blend_frames=6),
+            ),
+        ),
     )
 
 
@@ -173,6 +214,19 @@ def test_segments(tmp_path):
         ('{"segments": [{"prompt": "a"}, {"prompt": "b", "at_frame": "3"}]}', "switch frame '3' must be"),
         ('{"segments": [{"prompt": "a"}, {"prompt": "b", "at_seconds": 0}]}', "switch frame 0 must be"),
         ('{"segments": [{"prompt": "a"}, {"prompt": "b", "at_seconds": NaN}]}', "seconds=nan must be"),
+        ('{"prompts": ["a", "b"], "switch_frames": "3"}', '"switch_frames" must be a list'),
+        ('{"prompts": ["a", "b"], "switch_frames": [0]}', "switch frame 0 must be"),
+        ('{"prompts": ["a", "b"], "switch_frames": [3, 9]}', "2 prompts need 1 switch frames, not 2"),
+        ('{"segments": [{"prompt": "a", "blend_seconds": 1}]}', 'no switch for "blend_seconds"'),
+        (
+            '{"segments": [{"prompt": "a"}, {"prompt": "b", "at_frame": 3, "blend_seconds": "1"}]}',
+            "blend_seconds='1' must be a number",
+        ),
+        (
+            '{"segments": [{"prompt": "a"}, '
+            '{"prompt": "b", "at_frame": 3, "blend_seconds": 1, "blend_frames": 3}]}',
+            'segment 2 has both "blend_seconds" and "blend_frames"',
+        ),
         (
             '{"segments": [{"prompt": "a"}, {"prompt": "b", "at_frame": 3, "policy": "x"}]}',
             "policy='x' must be",
@@ -198,3 +252,11 @@ def test_mistakes_of_the_whole_file(tmp_path):
         read(tmp_path, '{"segments": [{"prompt": "a"}]}', switch_frames=[3])
     with pytest.raises(UserError, match="cannot be read"):
         stories.read_stories(tmp_path / "absent.txt", **RATE)
+
+
+def test_the_documented_lines_are_read(tmp_path):
+    page = (pathlib.Path(__file__).parents[2] / "docs/interactive.md").read_text()
+    lines = re.findall(r"```json\n(.*?)```", page, flags=re.DOTALL)
+    release, segments = read(tmp_path, "".join(lines))
+    assert [switch.frame for switch in release.switches] == [40, 80]
+    assert [(s.policy, s.blend_frames) for s in segments.switches] == [("recache", None), ("keep", 12)]

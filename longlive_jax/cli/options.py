@@ -1,0 +1,117 @@
+"""Options that generating and interactive commands share, and what they set up."""
+
+import argparse
+import contextlib
+from collections.abc import Iterator
+from typing import Any, get_args
+
+from longlive_jax.cli.common import add_settings
+from longlive_jax.config import DType, PipelineConfig, RopeMode, SwitchPolicy
+from longlive_jax.errors import UserError, require
+from longlive_jax.inference import story as stories_lib
+
+# Options that stand for one setting of the config.
+_SETTINGS = {
+    "window": "window.window_frames",
+    "sink": "window.sink_frames",
+    "block": "window.block_frames",
+    "rope": "window.rope",
+    "steps": "sampler.steps",
+    "policy": "switch.policy",
+    "keep_sink": "switch.keep_sink",
+    "fps": "video.fps",
+    "dtype": "dtype",
+}
+
+
+def add_how(group: Any) -> None:
+    """Adds the options that stand for settings of the config, and --set."""
+    boolean = argparse.BooleanOptionalAction
+    group.add_argument(
+        "--window",
+        type=int,
+        metavar="N",
+        help="latent frames a block attends to, sink and block included; -1: all",
+    )
+    group.add_argument("--sink", type=int, metavar="N", help="first frames that stay in the window for ever")
+    group.add_argument("--block", type=int, metavar="N", help="latent frames generated together")
+    group.add_argument(
+        "--rope",
+        choices=get_args(RopeMode),
+        help="frame positions: absolute, or relative to the window (for videos without end)",
+    )
+    group.add_argument(
+        "--steps", metavar="T,T,...", help="denoising timesteps, falling, e.g. 1000,750,500,250"
+    )
+    group.add_argument(
+        "--policy",
+        choices=get_args(SwitchPolicy),
+        help="at a prompt switch: rebuild the cache under the new prompt, keep it, clear it, flush it (keep "
+        "the sink and two frames), or cut (flush, and set the new scene apart in time)",
+    )
+    group.add_argument("--keep-sink", action=boolean, help="leave the sink alone when the cache is rebuilt")
+    group.add_argument("--fps", type=int, metavar="N", help="frames per second of the file")
+    group.add_argument("--dtype", choices=get_args(DType), help="precision of the computation")
+    group.add_argument(
+        "--weights", choices=("auto", "transformer", "transformer_ema"), help="which weights (default: auto)"
+    )
+    group.add_argument(
+        "--lora", action=boolean, help="use a LoRA that the checkpoint keeps apart (default: yes)"
+    )
+    add_settings(group)
+
+
+def add_machine(group: Any) -> None:
+    """Adds what does not change the result."""
+    group.add_argument(
+        "--text-device",
+        choices=("default", "cpu"),
+        help="where the text encoder runs; cpu saves accelerator memory and is slow",
+    )
+    group.add_argument(
+        "--compile-cache",
+        action=argparse.BooleanOptionalAction,
+        help="keep compiled programs in $LONGLIVE_CACHE or ~/.cache/longlive-jax (default: yes)",
+    )
+    group.add_argument("--quiet", action="store_true", default=None, help="no progress")
+
+
+def overrides(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options that stand for settings, and those of --set, as dotted names."""
+    found = {
+        name: getattr(arguments, option)
+        for option, name in _SETTINGS.items()
+        if getattr(arguments, option) is not None
+    }
+    for name, value in arguments.settings:
+        require(name not in found, f"--set {name}={value}: this setting is given twice")
+        found[name] = value
+    return found
+
+
+def switch_frame(text: str, config: PipelineConfig) -> int:
+    """Parses the value of --switch-at: `40` (latent frames) or `10s` (seconds)."""
+    return stories_lib.frame_of("--switch-at", text, vae=config.vae, fps=config.video.fps)
+
+
+def enable_compile_cache() -> None:
+    """Keeps compiled programs on disk."""
+    import jax
+
+    from longlive_jax.inference.prompts import default_cache_dir
+
+    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir().parent / "xla"))
+
+
+@contextlib.contextmanager
+def device_memory() -> Iterator[None]:
+    """Says what to do when the accelerator is too small."""
+    try:
+        yield
+    except RuntimeError as error:  # jaxlib's errors derive from it
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            "the device has too little memory; try a smaller --height, --width, --window or --batch, or "
+            "--text-device cpu (`longlive memory` shows the budget)"
+        ) from error

@@ -1,0 +1,157 @@
+"""Stores a trained toy model inside the package, where `Pipeline.load("toy")` finds it.
+
+    python -m longlive_jax.toy.bundle weights runs/toy/long/export
+    python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs runs/toy
+
+The weights are rounded to bfloat16, which halves them; they are computed with in the precision the config
+says. The model card is written from the measurements and from the reports of the training runs, and
+refuses measurements of other weights.
+"""
+
+import argparse
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+
+from longlive_jax import checkpoint as checkpoint_lib
+from longlive_jax import lora, storage
+from longlive_jax.checkpoint import BUNDLED, Checkpoint, open_checkpoint
+from longlive_jax.errors import UserError, require
+from longlive_jax.storage import PathLike
+from longlive_jax.toy import card
+from longlive_jax.types import Params
+
+NAME = "toy"
+
+PARTS = ("transformer", "text_encoder", "vae")
+"""What generation needs; nothing else is stored."""
+
+LIMIT_BYTES = 12_000_000
+"""Largest bundled model: it is part of every installation."""
+
+CARD_FILE = "MODEL_CARD.md"
+
+_KEPT = ("stage", "steps", "seed")  # of the source; the paths in it mean nothing elsewhere
+
+
+def bundle(source: PathLike, destination: PathLike | None = None) -> pathlib.Path:
+    """Stores a checkpoint in bfloat16, with what generation needs and no more.
+
+    Args:
+      source: a checkpoint directory, for example the export of the last stage. A moving average stands in
+        for a transformer that is not there, and a LoRA that is kept apart is merged in.
+      destination: directory to write; default the package's. A checkpoint there is replaced, its card
+        included: it told of other weights.
+
+    Returns:
+      The directory.
+
+    Raises:
+      UserError: a part or the tokenizer is missing, or the result would be larger than `LIMIT_BYTES`.
+    """
+    opened = open_checkpoint(source)
+    path = BUNDLED[NAME] if destination is None else pathlib.Path(destination)
+    trees = {part: jax.tree.map(_rounded, _load(opened, part)) for part in PARTS}
+    size = sum(leaf.nbytes for tree in trees.values() for leaf in jax.tree.leaves(tree))
+    require(
+        size <= LIMIT_BYTES,
+        f"{source} has {size / 1e6:.1f} MB in bfloat16; a bundled model has at most {LIMIT_BYTES / 1e6:g} MB",
+    )
+    about = {name: opened.source[name] for name in _KEPT if name in opened.source}
+    with checkpoint_lib.create(path, opened.config, source=about, overwrite=True) as writer:
+        for part, tree in trees.items():
+            writer.add_tree(part, tree)
+        writer.add_tokenizer(opened.tokenizer_path)
+    return path
+
+
+def _load(opened: Checkpoint, part: str) -> Params:
+    """A part in float32, as `Pipeline.load` would use it."""
+    if part != "transformer":
+        return opened.load(part, dtype=np.float32)
+    params = opened.load(part if part in opened.parts else f"{part}_ema", dtype=np.float32)
+    if "lora" not in opened.parts:
+        return params
+    info = opened.parts["lora"]
+    rank = info.rank or 1
+    return lora.merge(params, opened.load("lora", dtype=np.float32), scale=(info.alpha or rank) / rank)
+
+
+def _rounded(leaf: Any) -> np.ndarray:
+    return np.asarray(leaf).astype(ml_dtypes.bfloat16)
+
+
+def write_card(results: PathLike, runs: PathLike, destination: PathLike | None = None) -> pathlib.Path:
+    """Writes the bundled model's card.
+
+    Args:
+      results: what `benchmarks/toy_model.py` wrote about it.
+      runs: the folder with a folder per stage, each with the report.json of its run.
+      destination: the bundled checkpoint; default the package's.
+
+    Returns:
+      The card's file.
+
+    Raises:
+      UserError: the measurements are of other weights, or a report is missing.
+    """
+    opened = open_checkpoint(NAME if destination is None else destination)
+    measured = storage.read_json(results)
+    digests = {part: opened.fingerprint(part) for part in PARTS}
+    found = measured.get("checkpoints", {}).get("model", {}).get("weights")
+    require(
+        found == digests,
+        f"{results} measures other weights than those of {opened.path}; measure these with "
+        f"`python -m benchmarks.toy_model {NAME}`",
+    )
+    reports = card.chain(
+        _reports(pathlib.Path(runs)), source={name: opened.source.get(name) for name in _KEPT}
+    )
+    parameters = {part: opened.parts[part].parameters for part in PARTS}
+    size = sum(file.stat().st_size for file in opened.path.glob("*.safetensors"))
+    file = opened.path / CARD_FILE
+    with storage.new_file(file) as temporary:
+        temporary.write_text(
+            card.render(measured, reports, parameters=parameters, size=size), encoding="utf-8"
+        )
+    return file
+
+
+def _reports(runs: pathlib.Path) -> Mapping[str, Mapping[str, Any]]:
+    """The report of every finished run, by the name of its folder."""
+    return {file.parent.name: storage.read_json(file) for file in sorted(runs.glob("*/report.json"))}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    weights = commands.add_parser("weights", help="store a checkpoint as the bundled one")
+    weights.add_argument("checkpoint", metavar="CHECKPOINT")
+    model_card = commands.add_parser("card", help="write its model card")
+    model_card.add_argument("--results", required=True, metavar="FILE.json")
+    model_card.add_argument("--runs", required=True, metavar="FOLDER")
+    for command in (weights, model_card):
+        command.add_argument("--to", metavar="FOLDER", help="another place than the package")
+    arguments = parser.parse_args(words)
+    try:
+        if arguments.command == "weights":
+            path = bundle(arguments.checkpoint, arguments.to)
+            size = sum(file.stat().st_size for file in path.iterdir())
+            print(f"{path}  ({size / 1e6:.2f} MB)")
+        else:
+            print(write_card(arguments.results, arguments.runs, arguments.to))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,318 @@
+"""The bundled model's card as Markdown: from measurements and reports, every number with its interval."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from longlive_jax.errors import UserError, require
+from longlive_jax.toy import grammar
+from longlive_jax.toy.world import VALUES, Attributes, combinations
+
+_TRAINS = {
+    "vae": "the video autoencoder",
+    "text": "the text encoder and its tokenizer",
+    "teacher": "the bidirectional teacher, by flow matching",
+    "causal_init": "the causal student, by teacher forcing",
+    "init": "the student in four steps, by distribution matching on its own rollouts",
+    "long": "the student on its own long rollouts with prompt switches",
+}
+"""What every stage trains."""
+
+_CLIP_ROWS = (
+    ("all", "frames that show all four attributes asked for"),
+    ("shape", "shape"),
+    ("colour", "colour"),
+    ("motion", "motion"),
+    ("background", "background"),
+    ("present", "frames that show a sprite"),
+    ("iou", "overlap of the sprite with a clean one"),
+    ("identity.size", "size kept, against the first window"),
+    ("identity.shade", "shade kept"),
+    ("identity.gradient", "background gradient kept"),
+    ("identity.lane", "lane kept"),
+    ("flicker", "flicker: change between frames that motion does not explain"),
+    ("drift.sprite", "drift of the sprite's colour by the last window"),
+    ("drift.background", "drift of the background's colour by the last window"),
+)
+_LONG_ROWS = (
+    ("first.all", "all four attributes, first 21 latent frames"),
+    ("last.all", "all four attributes, last 21 latent frames"),
+    ("fall.all", "the fall between them"),
+    ("vanished", "clips whose sprite vanished on the way"),
+    *_CLIP_ROWS[7:],
+)
+_WINDOW_ROWS = (
+    ("windows.all", "all four attributes"),
+    ("windows.motion", "motion"),
+    ("windows.present", "sprite there"),
+    ("windows.identity.size", "size kept"),
+    ("windows.drift.sprite", "drift of the sprite's colour"),
+)
+_SWITCH_ROWS = (
+    ("held", "switches whose new attributes hold within 2 blocks"),
+    ("held.1", "... where one attribute changes"),
+    ("held.2", "... where two change"),
+    ("held.4", "... where all change"),
+    ("stays", "switches after which the unchanged attributes stay"),
+    ("jump", "jump at the boundary over the typical change between frames"),
+    ("jump.place", "jump of the place, in pixels"),
+    ("jump.size", "jump of the size, as a share of the world's range"),
+    ("jump.shade", "jump of the shade"),
+    ("jump.gradient", "jump of the background gradient"),
+)
+_POLICIES = ("recache", "keep", "clear")
+
+Report = Mapping[str, Any]
+
+
+def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[tuple[str, Report]]:
+    """The runs that made a checkpoint, first one first, found by following every run's base.
+
+    Args:
+      reports: report.json of every run, by the name of its folder.
+      source: stage, steps and seed of the checkpoint.
+
+    Raises:
+      UserError: not exactly one report is the checkpoint's, or that of a base is missing.
+    """
+    last = [name for name, report in reports.items() if _is_of(report, source)]
+    require(
+        len(last) == 1,
+        f"runs: {len(last)} reports (of {', '.join(reports) or 'none'}) are of the stage, steps and seed "
+        f"{dict(source)}; name the folder that holds the checkpoint's run and its predecessors",
+    )
+    name, found = last[0], list[tuple[str, Report]]()
+    while name:
+        if name not in reports:
+            raise UserError(f"runs: there is no {name}/report.json, and a later stage began with that run")
+        require(name not in dict(found), f"runs: {name} is its own base")
+        found.append((name, reports[name]))
+        base = reports[name]["settings"].get("base") or ""
+        name = pathlib.PurePosixPath(base).parent.name if base else ""
+    return found[::-1]
+
+
+def _is_of(report: Report, source: Mapping[str, Any]) -> bool:
+    run = report["settings"]["run"]
+    return (report["stage"], run["steps"], run["seed"]) == tuple(
+        source.get(name) for name in ("stage", "steps", "seed")
+    )
+
+
+def render(
+    measured: Mapping[str, Any],
+    reports: Sequence[tuple[str, Report]],
+    *,
+    parameters: Mapping[str, int],
+    size: int,
+) -> str:
+    """Writes the card.
+
+    Args:
+      measured: what `benchmarks/toy_model.py` wrote.
+      reports: the runs, first one first; see `chain`.
+      parameters: number of parameters of every part.
+      size: bytes of the weights.
+    """
+    sections = [
+        _introduction(measured, parameters, size),
+        _data(),
+        _recipe(reports),
+        _measurements(measured),
+        _differences(measured),
+        _limits(),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def _introduction(measured: Mapping[str, Any], parameters: Mapping[str, int], size: int) -> str:
+    video, window = (measured["generation"][name] for name in ("video", "window"))
+    steps = len(measured["generation"]["sampler"]["steps"])
+    counts = ", ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in parameters.items())
+    held_out = Attributes.from_codes(combinations("held_out")[0])
+    return f"""\
+# Model card: the bundled toy model
+
+A text-to-video model of a procedural world, with the classes, the cache and the recipe of the 1.3B model at
+less than a hundredth of its size. It exists to show and to test the method on a laptop: streaming, the sink
+and the window, prompt switches, training. `Pipeline.load("toy")` opens it.
+
+- {video["height"]} x {video["width"]} pixels at {video["fps"]} frames per second; {steps} denoising steps;
+  window {window["window_frames"]}, sink {window["sink_frames"]}, blocks of {window["block_frames"]}
+  latent frames, {window["rope"]} frame positions.
+- Parameters: {counts}. Stored in bfloat16 ({size / 1e6:.1f} MB), computed with in {measured["dtype"]}.
+- Licence: Apache-2.0, as the code. The data is generated by the code; nobody's pictures are in it.
+
+```
+longlive generate --checkpoint toy --prompt "{grammar.describe(held_out)}" --out toy.mp4
+```"""
+
+
+def _data() -> str:
+    values = "\n".join(f"- {field}: {', '.join(names)}" for field, names in VALUES.items())
+    held_out, every = len(combinations("held_out")), len(combinations("all"))
+    return f"""\
+## Data
+
+One sprite on a torus, rendered analytically while training runs. The caption names four attributes:
+
+{values}
+
+Size, shade, background gradient and place are not named and persist through a clip. {held_out} of the {every}
+combinations are held out: no stage trains on them, and all numbers below are measured on them. (A prompt
+switch goes to a held-out combination too, unless none differs in just the attributes that are to change.)"""
+
+
+def _recipe(reports: Sequence[tuple[str, Report]]) -> str:
+    lines = [
+        "| Run | Trains | Steps | Batch | Latent frames | Learning rate | Seed | Hours | Held-out score |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    total = 0.0
+    for name, report in reports:
+        settings, metric = report["settings"], report["settings"]["evaluation"]["metric"]
+        hours = report["steps"] * (report["seconds_per_step"] or 0) / 3600
+        total += hours
+        score = report["scores"].get(metric)
+        lines.append(
+            f"| `{name}` | {_TRAINS.get(report['stage'], report['stage'])} | {report['steps']} "
+            f"| {settings['data']['batch_size']} | {_clip_frames(settings)} "
+            f"| {settings['optimizer']['learning_rate']:g} | {settings['run']['seed']} | {hours:.2f} "
+            f"| {f'{metric} {score:.3f}' if score is not None else ''} |"
+        )
+    devices = sorted({str(report["environment"]["devices"]) for _, report in reports})
+    return f"""\
+## Training
+
+`make toy` repeats it: {total:.1f} hours of steps in all, on {" and ".join(devices)}.
+Hours are steps times the median seconds per step. The settings of every run are in `configs/toy`.
+
+{chr(10).join(lines)}"""
+
+
+def _clip_frames(settings: Mapping[str, Any]) -> int:
+    """Latent frames of what a run trains on: whole sequences, rollouts or clips."""
+    for section, name in (("streaming", "sequence_frames"), ("rollout", "clip_frames")):
+        if section in settings:
+            return settings[section][name]
+    return settings["data"].get("frames", 0)
+
+
+def _measurements(measured: Mapping[str, Any]) -> str:
+    cells, settings = measured["cells"], measured["settings"]
+    clips = settings["clips"] * len(settings["seeds"])
+    seeds = ", ".join(map(str, settings["seeds"]))
+    blocks = [
+        f"""\
+## Measured
+
+From the pixels of videos of held-out combinations (`python -m benchmarks.toy_model toy`):
+mean and 95% interval over {clips} clips, seeds {seeds}. Shares are in [0, 1].
+For flicker, drift and jumps low is good."""
+    ]
+    if "clip" in cells:
+        title = f"Clips of {settings['frames']} latent frames"
+        blocks.append(_estimates(title, ["share"], [cells["clip"]], _CLIP_ROWS))
+    if "long" in cells:
+        title = f"Clips of {settings['long_frames']} latent frames"
+        blocks.append(_estimates(title, ["share"], [cells["long"]], _LONG_ROWS))
+        blocks.append(_windows(cells["long"]))
+    policies = [policy for policy in _POLICIES if f"switch, {policy}" in cells]
+    if policies:
+        found = [cells[f"switch, {policy}"] for policy in policies]
+        blocks.append(
+            _estimates("A prompt switch, by what happens to the cache", policies, found, _SWITCH_ROWS)
+        )
+        blocks.append(_blocks(policies, found))
+    return "\n\n".join(blocks)
+
+
+def _estimates(
+    title: str,
+    columns: Sequence[str],
+    cells: Sequence[Mapping[str, Any]],
+    rows: Sequence[tuple[str, str]],
+) -> str:
+    lines = [f"### {title}", "", f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    for name, label in rows:
+        lines.append(f"| {label} | {' | '.join(_interval(cell[name]) for cell in cells)} |")
+    return "\n".join(lines)
+
+
+def _interval(found: Mapping[str, Any]) -> str:
+    if found["mean"] is None:
+        return "none"
+    return f"{found['mean']:.3f} ({found['low']:.3f} to {found['high']:.3f})"
+
+
+def _windows(cell: Mapping[str, Any]) -> str:
+    count = len(cell["windows.all"]["mean"])
+    chosen = sorted({round(i * (count - 1) / 4) for i in range(5)})
+    lines = [
+        f"| window of 12 latent frames | {' | '.join(str(i + 1) for i in chosen)} |",
+        f"| --- |{' --- |' * len(chosen)}",
+    ]
+    for name, label in _WINDOW_ROWS:
+        lines.append(f"| {label} | {' | '.join(_number(cell[name]['mean'][i]) for i in chosen)} |")
+    return "\n".join(lines)
+
+
+def _blocks(policies: Sequence[str], cells: Sequence[Mapping[str, Any]]) -> str:
+    count = len(cells[0]["blocks.new"]["mean"])
+    lines = [
+        f"| new attributes by block | {' | '.join(str(i + 1) for i in range(count))} |",
+        f"| --- |{' --- |' * count}",
+    ]
+    for policy, cell in zip(policies, cells, strict=True):
+        lines.append(f"| {policy} | {' | '.join(_number(x) for x in cell['blocks.new']['mean'])} |")
+    return "\n".join(lines)
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.3f}"
+
+
+def _differences(measured: Mapping[str, Any]) -> str:
+    rows = [row for row in measured["differences"] if row["difference"] is not None]
+    lines = [
+        "| First | Second | Measure | First | Second | Difference | Pairs |",
+        "| --- | --- | --- | ---: | ---: | --- | ---: |",
+    ]
+    for row in rows:
+        if row["differs"]:
+            lines.append(
+                f"| {row['first_cell']} | {row['second_cell']} | {row['measure']} | {row['first']:.3f} "
+                f"| {row['second']:.3f} | {row['difference']:+.3f} ({row['low']:+.3f} to {row['high']:+.3f}) "
+                f"| {row['clips']} |"
+            )
+    same = [row for row in rows if not row["differs"]]
+    conditions = sorted({(row["first_cell"], row["second_cell"]) for row in rows})
+    alike = [
+        f"- {first} and {second}: "
+        + ", ".join(
+            row["measure"] for row in same if (row["first_cell"], row["second_cell"]) == (first, second)
+        )
+        for first, second in conditions
+        if any((row["first_cell"], row["second_cell"]) == (first, second) for row in same)
+    ]
+    return f"""\
+## What differs
+
+Pairs of clips with the same prompt and the same noise. {measured["about_differences"]}.
+
+{chr(10).join(lines)}
+
+Not told apart (the interval includes 0):
+
+{chr(10).join(alike) or "- nothing"}"""
+
+
+def _limits() -> str:
+    words = ", ".join(grammar.vocabulary())
+    return f"""\
+## Limits
+
+- It knows the sentences of its grammar and these words: {words}. Any other word is read as unknown.
+- One sprite and one frame size. What it shows of the method holds for this world; the numbers above say which
+  effects could be told apart here, and nothing about the 1.3B model.
+- Where attributes are wrong it does not say so: `longlive_jax.toy` reads them back from the pixels."""

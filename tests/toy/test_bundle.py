@@ -1,0 +1,235 @@
+"""Shipping the toy model: what is stored, where it is found again, and what its card says."""
+
+import json
+import pathlib
+import tomllib
+
+import jax
+import numpy as np
+import pytest
+
+from examples import demo
+from longlive_jax import checkpoint, lora
+from longlive_jax.cli.main import main
+from longlive_jax.convert.inspect import inspect
+from longlive_jax.errors import UserError
+from longlive_jax.inference.pipeline import Pipeline
+from longlive_jax.toy import bundle, card
+from longlive_jax.training.config import load_config
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """An installation whose bundled model is in a folder of the test's own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LONGLIVE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(checkpoint.BUNDLED, "toy", tmp_path / "assets/toy")
+    return tmp_path / "assets/toy"
+
+
+# --- the weights ------------------------------------------------------------------------------------
+
+
+def test_the_bundled_model_is_the_checkpoint_in_bfloat16(package, smoke_checkpoint):
+    source = smoke_checkpoint(0)
+    assert bundle.main(["weights", str(source)]) == 0
+    stored, original = checkpoint.open_checkpoint("toy"), checkpoint.open_checkpoint(source)
+    assert stored.path == package
+    assert {info.dtype for info in stored.parts.values()} == {"bfloat16"}
+    assert stored.config == original.config
+    assert dict(stored.source).keys() == {"stage", "steps", "seed", "written_by"}
+    for part in bundle.PARTS:
+        pairs = zip(
+            jax.tree.leaves(stored.load(part, dtype=np.float32)),
+            jax.tree.leaves(original.load(part)),
+            strict=True,
+        )
+        assert all(np.abs(a - b).max() <= np.abs(b).max() / 256 for a, b in pairs)
+    pipe = Pipeline.load("toy")
+    assert pipe.config.dtype == "float32"
+    leaves = jax.tree.leaves((pipe.params, pipe.vae_params))
+    assert {leaf.dtype for leaf in leaves} == {np.dtype(np.float32)}
+    assert "toy" in str(inspect("toy"))
+
+
+def test_a_lora_is_merged_and_an_average_stands_in(package, smoke_checkpoint, tmp_path):
+    original = checkpoint.open_checkpoint(smoke_checkpoint(0))
+    params = original.load("transformer")
+    adapters = lora.init(jax.random.key(0), params, rank=2)
+    adapters = jax.tree.map(lambda x: np.asarray(x) + np.float32(0.1), adapters)
+    with checkpoint.create(tmp_path / "tuned", original.config, source={}) as writer:
+        writer.add_tree("transformer_ema", params)
+        writer.add_tree("text_encoder", original.load("text_encoder"))
+        writer.add_tree("vae", original.load("vae"))
+        writer.add_tree("lora", adapters, alpha=4, rank=2)
+        writer.add_tokenizer(original.tokenizer_path)
+    bundle.bundle(tmp_path / "tuned")
+    found = checkpoint.open_checkpoint("toy").load("transformer", dtype=np.float32)
+    expected = lora.merge(params, adapters, scale=2.0)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1 / 256, atol=1e-6)
+    assert set(checkpoint.open_checkpoint("toy").parts) == set(bundle.PARTS)
+
+
+def test_a_large_or_incomplete_model_is_refused(package, smoke_checkpoint, monkeypatch, tmp_path):
+    original = checkpoint.open_checkpoint(smoke_checkpoint(0))
+    with checkpoint.create(tmp_path / "part", original.config, source={}) as writer:
+        writer.add_tree("transformer", original.load("transformer"))
+    with pytest.raises(UserError, match="has no text_encoder"):
+        bundle.bundle(tmp_path / "part")
+    monkeypatch.setattr(bundle, "LIMIT_BYTES", 1000)
+    with pytest.raises(UserError, match="MB in bfloat16"):
+        bundle.bundle(original.path)
+    assert not package.exists()
+
+
+# --- where it is found ------------------------------------------------------------------------------
+
+
+def test_without_the_bundle_one_line_says_so(package, capsys):
+    assert main(["generate", "--checkpoint", "toy", "--prompt", "a red ring"]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: checkpoint=toy: the bundled model is not in this installation")
+    assert err.count("\n") == 1
+
+
+def test_a_folder_of_that_name_comes_first(package, smoke_checkpoint):
+    bundle.bundle(smoke_checkpoint(0))
+    assert checkpoint.locate("toy") == package
+    bundle.bundle(smoke_checkpoint(1), "toy")
+    assert checkpoint.locate("toy") == pathlib.Path("toy")
+    assert checkpoint.open_checkpoint("toy").fingerprint("vae") != checkpoint.open_checkpoint(
+        package
+    ).fingerprint("vae")
+
+
+def test_the_wheel_takes_the_assets():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    (pattern,) = settings["package-data"]["longlive_jax"]
+    place = checkpoint.BUNDLED["toy"].relative_to(ROOT / "longlive_jax") / bundle.CARD_FILE
+    assert place.match(pattern)
+
+
+def test_make_toy_runs_every_stage_after_the_one_it_begins_with():
+    (line,) = [x for x in (ROOT / "Makefile").read_text().splitlines() if x.startswith("TOY_RUNS :=")]
+    names = [name for name in line.split()[2:] if (ROOT / f"configs/toy/{name}.py").exists()]
+    assert len(names) >= 7
+    configs = [load_config(ROOT / f"configs/toy/{name}.py") for name in names]
+    assert [config.run.folder for config in configs] == [f"runs/toy/{name}" for name in names]
+    assert [config.base for config in configs] == ["", *(f"runs/toy/{name}/export" for name in names[:-1])]
+
+
+def test_the_demo_makes_its_video(package, smoke_checkpoint, capsys):
+    bundle.bundle(smoke_checkpoint(0))
+    assert demo.main(["out"]) == 0
+    out = capsys.readouterr().out
+    assert "out/demo.mp4, its contact sheet out/demo.png" in out
+    sidecar = json.loads(pathlib.Path("out/demo.json").read_text())
+    assert 15 <= sidecar["video"]["seconds"] < 15.2
+    assert sidecar["request"]["checkpoint"] == "toy"
+    segments = sidecar["request"]["story"]["segments"]
+    assert [segment["prompt"] for segment in segments] == list(demo.PROMPTS)
+    fps, stride = sidecar["config"]["video"]["fps"], 2  # of the smoke model
+    assert segments[1]["at_frame"] * stride / fps == pytest.approx(7.5, abs=0.2)
+    assert pathlib.Path("out/demo.png").stat().st_size > 1000
+
+
+# --- the card ---------------------------------------------------------------------------------------
+
+
+def report(name, base, *, stage="teacher", steps=10, seed=3):
+    return {
+        "stage": stage,
+        "settings": {
+            "run": {"folder": f"/somewhere/{name}", "steps": steps, "seed": seed},
+            "data": {"batch_size": 8, "frames": 21},
+            "optimizer": {"learning_rate": 1e-3},
+            "evaluation": {"metric": "all"},
+            "base": base and f"/somewhere/{base}/export",
+        },
+        "steps": steps,
+        "seconds_per_step": 36.0,
+        "scores": {"all": 0.875},
+        "environment": {"devices": "1 x cpu"},
+    }
+
+
+@pytest.fixture
+def measured(smoke_checkpoint, package):
+    """The results of a measurement that saw everything hold, of the bundled weights."""
+    bundle.bundle(smoke_checkpoint(0))
+    opened = checkpoint.open_checkpoint("toy")
+    value = {"mean": 0.9, "low": 0.8, "high": 0.95, "clips": 64}
+    rows = {name: value for name, _ in (*card._CLIP_ROWS, *card._LONG_ROWS, *card._SWITCH_ROWS)}
+    rows |= {name: {"mean": [i / 20 for i in range(20)]} for name, _ in card._WINDOW_ROWS}
+    rows["blocks.new"] = {"mean": [0.25, 0.5, 1.0]}
+    row = {"first_cell": "long", "second_cell": "long, sink 0", "first": 0.9, "second": 0.5, "clips": 64}
+    row |= {"difference": 0.4, "low": 0.3, "high": 0.5}
+    names = ("clip", "long", "switch, recache", "switch, keep", "switch, clear")
+    return {
+        "checkpoints": {"model": {"weights": {part: opened.fingerprint(part) for part in bundle.PARTS}}},
+        "settings": {"clips": 32, "seeds": [101, 102], "frames": 60, "long_frames": 240},
+        "generation": {
+            "video": {"height": 64, "width": 64, "fps": 16},
+            "window": {"window_frames": 12, "sink_frames": 3, "block_frames": 3, "rope": "absolute"},
+            "sampler": {"steps": [1000, 750, 500, 250]},
+        },
+        "dtype": "float32",
+        "cells": dict.fromkeys(names, rows),
+        "differences": [
+            {**row, "measure": "identity.size", "differs": True},
+            {**row, "measure": "flicker", "differs": False},
+        ],
+        "about_differences": "2 intervals",
+    }
+
+
+def write_inputs(measured, reports):
+    pathlib.Path("r.json").write_text(json.dumps(measured))
+    for name, values in reports.items():
+        pathlib.Path("runs", name).mkdir(parents=True)
+        pathlib.Path("runs", name, "report.json").write_text(json.dumps(values))
+
+
+def test_the_card_tells_what_was_trained_and_measured(measured, package, capsys):
+    runs = {"a": report("a", ""), "b": report("b", "a"), "long": report("long", "b", stage="long")}
+    write_inputs(measured, {**runs, "elsewhere": report("elsewhere", "a", steps=7)})
+    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 0
+    text = (package / bundle.CARD_FILE).read_text()
+    places = [text.index(f"| `{name}` |") for name in runs]
+    assert places == sorted(places)
+    assert "elsewhere" not in text
+    assert "/somewhere" not in text
+    assert (
+        "| `a` | the bidirectional teacher, by flow matching | 10 | 8 | 21 | 0.001 | 3 | 0.10 | all 0.875 |"
+        in text
+    )
+    assert "0.900 (0.800 to 0.950)" in text
+    assert "over 64 clips, seeds 101, 102" in text
+    assert "| long | long, sink 0 | identity.size | 0.900 | 0.500 | +0.400 (+0.300 to +0.500) | 64 |" in text
+    assert "- long and long, sink 0: flicker" in text
+    assert "0.3 hours" in text
+
+
+def test_a_card_for_other_weights_is_refused(measured, smoke_checkpoint, package, capsys):
+    write_inputs(measured, {"long": report("long", "", stage="long")})
+    bundle.bundle(smoke_checkpoint(1))
+    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 2
+    assert "measures other weights" in capsys.readouterr().err
+    assert not (package / bundle.CARD_FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        ({}, "0 reports"),
+        ({"long": report("long", "init", stage="long")}, "no init/report.json"),
+        ({"long": report("long", "long", stage="long")}, "its own base"),
+        ({"a": report("a", "", stage="long"), "b": report("b", "", stage="long")}, "2 reports"),
+    ],
+)
+def test_runs_that_do_not_explain_the_model_are_refused(runs, message):
+    with pytest.raises(UserError, match=message):
+        card.chain(runs, source={"stage": "long", "steps": 10, "seed": 3})
