@@ -215,7 +215,8 @@ class Mp4Writer(_AvWriter):
     # Written in self-contained fragments, turned into an ordinary file at the end: a process that is
     # killed outright still leaves a temporary file that plays.
     container_options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}  # noqa: RUF012
-    codec_options = {"crf": str(_CRF), "preset": "medium"}  # noqa: RUF012
+    # One thread: with more the same frames do not always become the same bytes.
+    codec_options = {"crf": str(_CRF), "preset": "medium", "threads": "1"}  # noqa: RUF012
 
     def _check_target(self) -> None:
         for name, value in (("height", self.height), ("width", self.width)):
