@@ -21,10 +21,10 @@ def get_config() -> CausalInitTraining:
     return CausalInitTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/causal_init", steps=300, eval_every=300, checkpoint_every=100, export_every=300
+            folder="runs/toy/causal_init", steps=1000, eval_every=300, checkpoint_every=100, export_every=300
         ),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
-        data=ClipsConfig(batch_size=8, frames=21, examples=2048),
+        data=ClipsConfig(batch_size=4, frames=21, examples=2048),
         base="runs/toy/teacher_3/export",
         flow=FlowConfig(causal_share=1.0, past_noise=0.1, encoded_frames=21),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),

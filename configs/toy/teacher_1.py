@@ -21,10 +21,10 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_1", steps=1800, eval_every=600, checkpoint_every=100, export_every=600
+            folder="runs/toy/teacher_1", steps=6000, eval_every=600, checkpoint_every=100, export_every=600
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, ema_decay=0.995, ema_start=100),
-        data=ClipsConfig(batch_size=48, frames=3, examples=8192),
+        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998, ema_start=200),
+        data=ClipsConfig(batch_size=16, frames=3, examples=8192),
         base="runs/toy/teacher_images/export",
         flow=FlowConfig(),
         evaluation=EvaluationConfig(clips=32, frames=3, batch_size=32, metric="all", better="max"),

@@ -21,10 +21,10 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_2", steps=600, eval_every=300, checkpoint_every=100, export_every=300
+            folder="runs/toy/teacher_2", steps=3000, eval_every=300, checkpoint_every=100, export_every=300
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.995),
-        data=ClipsConfig(batch_size=16, frames=9, examples=2048),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.998),
+        data=ClipsConfig(batch_size=8, frames=9, examples=2048),
         base="runs/toy/teacher_1/export",
         flow=FlowConfig(encoded_frames=21),
         evaluation=EvaluationConfig(clips=32, frames=9, batch_size=16, metric="all", better="max"),
