@@ -2,9 +2,9 @@
 
     python -m benchmarks.train_memory [configs/wan/init.py configs/wan/long.py] [--devices 64]
 
-Compiles every program at full shape for simulated devices; nothing is loaded and nothing runs. XLA's CPU
-backend multiplies bfloat16 matrices in float32 and so holds float32 copies that a GPU does not need: the
-figures are upper bounds for the arguments' and temporaries' sum on a GPU with a fused attention.
+Compiles every program at full shape for simulated devices; nothing is loaded and nothing runs. It is XLA's
+CPU backend that reports, which multiplies bfloat16 matrices in float32 and holds float32 copies of them. A
+GPU's figures will be others and have not been measured.
 """
 
 import argparse

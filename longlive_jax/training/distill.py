@@ -177,70 +177,50 @@ def begin_long(
 # --- steps ----------------------------------------------------------------------------------------
 
 
-def train_generator(
-    distillation: Distillation, state: TrainState, given: Given, text: Array
+def train(
+    distillation: Distillation, name: str, state: TrainState, given: Given, text: Array
 ) -> tuple[TrainState, Metrics]:
-    """One update of the generator on new clips for the prompts `[B, M, text_dim]` (stage `init`)."""
-    grads, metrics, _ = _over_texts(distillation, state, given, text, GENERATOR)
-    return _updated(distillation, state, GENERATOR, grads, metrics)
+    """One update of a network on new clips (stage `init`); the critic's ends a step.
 
-
-def train_critic(
-    distillation: Distillation, state: TrainState, given: Given, text: Array
-) -> tuple[TrainState, Metrics]:
-    """One update of the critic, and the end of a step; like `train_generator`."""
-    grads, metrics, _ = _over_texts(distillation, state, given, text, CRITIC)
-    return _updated(distillation, state, CRITIC, grads, metrics)
-
-
-def train_generator_long(
-    distillation: Distillation, state: TrainState, given: Given, *, new_frames: int
-) -> tuple[TrainState, Metrics]:
-    """One update of the generator on the next clip of the sequences in `state.extra` (stage `long`)."""
-    grads, metrics, sequences = _over_sequences(distillation, state, given, GENERATOR, new_frames)
-    state = dataclasses.replace(state, extra=sequences)
-    return _updated(distillation, state, GENERATOR, grads, metrics)
-
-
-def train_critic_long(
-    distillation: Distillation, state: TrainState, given: Given, *, new_frames: int
-) -> tuple[TrainState, Metrics]:
-    """One update of the critic on the clip after, and the end of a step; like `train_generator_long`."""
-    grads, metrics, sequences = _over_sequences(distillation, state, given, CRITIC, new_frames)
-    state = dataclasses.replace(state, extra=sequences)
-    return _updated(distillation, state, CRITIC, grads, metrics)
-
-
-def _over_texts(
-    distillation: Distillation, state: TrainState, given: Given, text: Array, name: str
-) -> tuple[Params, Metrics, None]:
-    """Mean gradients over micro-batches of one clip each."""
-    frames = distillation.config.rollout.clip_frames
+    Args:
+      distillation: how.
+      name: "generator" or "critic".
+      state: before the update.
+      given: the frozen parameters.
+      text: `[B, M, text_dim]` prompts.
+    """
+    frames, parts = distillation.config.rollout.clip_frames, distillation.config.run.micro_batches
 
     def one(text: Array, key: PRNGKey) -> tuple[tuple[Params, Metrics], None]:
         begin_key, key = jax.random.split(key)
         sequence = begin(distillation, text, begin_key)
-        grads, metrics, _ = _gradients(distillation, state, given, sequence, key, name, frames)
-        return (grads, metrics), None
+        return _gradients(distillation, state, given, sequence, key, name, frames)[0], None
 
-    parts = distillation.config.run.micro_batches
     keys = jax.random.split(_key(state, name), parts)
     (grads, metrics), _ = states.averaged(one, states.split_rows(text, parts), keys)
-    return grads, metrics, None
+    return _updated(distillation, state, name, grads, metrics)
 
 
-def _over_sequences(
-    distillation: Distillation, state: TrainState, given: Given, name: str, new_frames: int
-) -> tuple[Params, Metrics, Sequence]:
-    """Mean gradients over the micro-batches of sequences, and where the sequences stand then."""
+def train_long(
+    distillation: Distillation, name: str, state: TrainState, given: Given, *, new_frames: int
+) -> tuple[TrainState, Metrics]:
+    """One update of a network on the next clip of the sequences in `state.extra` (stage `long`).
+
+    Args:
+      distillation: how.
+      name: "generator" or "critic"; the critic's update ends a step.
+      state: before the update.
+      given: the frozen parameters.
+      new_frames: of the clip, one of `Streaming.choices`.
+    """
 
     def one(sequence: Sequence, key: PRNGKey) -> tuple[tuple[Params, Metrics], Sequence]:
-        grads, metrics, after = _gradients(distillation, state, given, sequence, key, name, new_frames)
-        return (grads, metrics), after
+        return _gradients(distillation, state, given, sequence, key, name, new_frames)
 
     keys = jax.random.split(_key(state, name), distillation.config.run.micro_batches)
     (grads, metrics), sequences = states.averaged(one, state.extra, keys)
-    return grads, metrics, sequences
+    state = dataclasses.replace(state, extra=sequences)
+    return _updated(distillation, state, name, grads, metrics)
 
 
 def _gradients(
@@ -251,7 +231,7 @@ def _gradients(
     key: PRNGKey,
     name: str,
     new_frames: int,
-) -> tuple[Params, Metrics, Sequence]:
+) -> tuple[tuple[Params, Metrics], Sequence]:
     """Rolls out the next clip of a sequence and differentiates the loss of one of the networks on it."""
     forcing, config = distillation.forcing, distillation.config
     exit_key, key = jax.random.split(key)
@@ -271,7 +251,7 @@ def _gradients(
     loss_fn = _generator_loss if name == GENERATOR else _critic_loss
     loss = functools.partial(loss_fn, distillation, state, given, rollout, key)
     (value, metrics), grads = jax.value_and_grad(loss, has_aux=True)(state.networks[name].params)
-    return grads, {"loss": value, **metrics}, after
+    return (grads, {"loss": value, **metrics}), after
 
 
 def _generator_loss(

@@ -131,9 +131,13 @@ def _finished_sequences(distillation: Distillation, state: TrainState) -> Sequen
 
 def student_params(setup: Setup, state: TrainState) -> Params:
     """The averaged generator, its LoRA merged."""
-    weights = functools.partial(setup.distillation.weights, name=GENERATOR)
     best = state.networks[GENERATOR].best
-    return jax.jit(weights)(setup.given, trained=best) if setup.given.bases else best
+    return _merged(setup.distillation, setup.given, best) if setup.given.bases else best
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _merged(distillation: Distillation, given: Given, trained: Params) -> Params:
+    return distillation.weights(given, GENERATOR, trained)
 
 
 def evaluator(setup: Setup) -> Evaluator:

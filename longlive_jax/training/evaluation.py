@@ -52,7 +52,10 @@ class Evaluator:
 
     def videos(self, params: Params) -> np.ndarray:
         """Videos `[K, V, Y, X, 3]` in [-1, 1], made on one device of this process."""
-        params, vae_params = processes.to_host((params, self.vae_params))
+        # Once, not with every batch.
+        params, vae_params = jax.device_put(
+            processes.to_host((params, self.vae_params)), jax.local_devices()[0]
+        )
         made = []
         for at in range(0, len(self.text), self.settings.batch_size):
             text = self.text[at : at + self.settings.batch_size]

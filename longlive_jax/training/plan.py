@@ -76,19 +76,13 @@ def _programs(distillation: Distillation) -> Iterator[tuple[str, Callable[..., A
     """Name, step function of (state, given, ...) and the other arguments of every program."""
     config = distillation.config
     if not isinstance(config, LongTraining):
-        yield GENERATOR, functools.partial(distill.train_generator, distillation), (_text(distillation),)
-        yield CRITIC, functools.partial(distill.train_critic, distillation), (_text(distillation),)
+        for name in (GENERATOR, CRITIC):
+            yield name, functools.partial(distill.train, distillation, name), (_text(distillation),)
         return
     for frames in (config.rollout.clip_frames, *config.streaming.new_frames):
-        for name, step_fn in (
-            (GENERATOR, distill.train_generator_long),
-            (CRITIC, distill.train_critic_long),
-        ):
-            yield (
-                f"{name}, {frames} new frames",
-                functools.partial(step_fn, distillation, new_frames=frames),
-                (),
-            )
+        for name in (GENERATOR, CRITIC):
+            step = functools.partial(distill.train_long, distillation, name, new_frames=frames)
+            yield f"{name}, {frames} new frames", step, ()
 
 
 def _given(distillation: Distillation) -> Given:

@@ -104,14 +104,18 @@ def token_batches(
     return toy_data.stream(stream, shard, tokens)
 
 
-def read_prompts(path: str | pathlib.Path) -> list[str]:
+def read_prompts(path: str | pathlib.Path, *, field: str = "data.prompts") -> list[str]:
     """The lines of a prompt file, without the empty ones at its end.
+
+    Args:
+      path: the file.
+      field: the setting that names it, for errors.
 
     Raises:
       UserError: it cannot be read, or a line is empty.
     """
     path = pathlib.Path(path)
-    require(path.is_file(), f"data.prompts={path} is no file; give a text file with one prompt per line")
+    require(path.is_file(), f"{field}={path} is no file; give a text file with one prompt per line")
     try:
         lines = path.read_text(encoding="utf-8").rstrip().splitlines()
     except UnicodeDecodeError as error:
@@ -133,7 +137,7 @@ def _file_rows(config: PromptsConfig, with_switch: bool) -> tuple[_Texts, int]:
         f"data.prompts={config.prompts} has {count} prompts, fewer than data.batch_size={config.batch_size}",
     )
     if with_switch:
-        files[SWITCH] = read_prompts(config.switch_prompts)
+        files[SWITCH] = read_prompts(config.switch_prompts, field="data.switch_prompts")
         require(
             len(files[SWITCH]) == count,
             f"data.switch_prompts={config.switch_prompts} has {len(files[SWITCH])} lines and data.prompts="

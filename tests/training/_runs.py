@@ -1,6 +1,7 @@
 """Training runs of the tests: smoke configs, and runs in processes of their own that can be killed."""
 
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -9,6 +10,10 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 
+import jax
+import pytest
+
+from longlive_jax import sharding
 from longlive_jax.training import metrics
 from longlive_jax.training.config import load_config
 
@@ -26,6 +31,15 @@ def slow(self, *arguments):
 metrics.Log.tick = slow
 sys.exit(main({words!r}))
 """
+
+
+@contextlib.contextmanager
+def only_one_device() -> Iterator[None]:
+    """Stages run on one of the simulated devices: eight of them take turns on the test machine's cores."""
+    with pytest.MonkeyPatch.context() as patch:
+        one = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
+        patch.setattr(sharding, "make_mesh", one)
+        yield
 
 
 def smoke(name, base, folder, **changes):

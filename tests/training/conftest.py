@@ -10,7 +10,7 @@ from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.models.tokenizer import train_word_tokenizer
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import load_config
-from tests.training._runs import CONFIGS
+from tests.training._runs import CONFIGS, only_one_device
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +57,10 @@ def fast_programs(_cache_folder):
     for name, value in before.items():
         jax.config.update(name, value)
     compilation_cache.reset_cache()
+
+
+@pytest.fixture
+def one_device():
+    """See `only_one_device`."""
+    with only_one_device():
+        yield

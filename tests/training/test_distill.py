@@ -22,16 +22,9 @@ from longlive_jax.training.distill import CRITIC, GENERATOR
 from longlive_jax.training.loop import Interrupted
 from tests.training._runs import smoke
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
+pytestmark = pytest.mark.usefixtures("fast_programs", "one_device")
 
 TIMED = ("compilations", "seconds_per_step", "frames_per_second")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Stages run on one of the simulated devices: eight of them take turns on the test machine's cores."""
-    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", mesh)
 
 
 def config_of(name, base, folder, **changes):
@@ -138,18 +131,15 @@ def test_eight_devices_train_like_one(name, base, tmp_path):
             begin = jax.jit(distill.begin_long, static_argnums=0, static_argnames="name")
             sequences = begin(setup.distillation, state, text, text, name=GENERATOR)
             state = dataclasses.replace(state, extra=sequences)
-        steps = {
-            "init": (distill.train_generator, distill.train_critic),
-            "long": (
-                functools.partial(distill.train_generator_long, new_frames=config.rollout.clip_frames),
-                functools.partial(distill.train_critic_long, new_frames=3),
-            ),
-        }[name]
-        arguments = () if name == "long" else (text,)
-        for step in steps:
-            after, values = jax.jit(functools.partial(step, setup.distillation))(
-                state, setup.given, *arguments
-            )
+        for network, new_frames in ((GENERATOR, config.rollout.clip_frames), (CRITIC, 3)):
+            if name == "long":
+                step = functools.partial(
+                    distill.train_long, setup.distillation, network, new_frames=new_frames
+                )
+                after, values = jax.jit(step)(state, setup.given)
+            else:
+                step = functools.partial(distill.train, setup.distillation, network)
+                after, values = jax.jit(step)(state, setup.given, text)
             state = dataclasses.replace(state, extra=after.extra)
             seen.append(metrics.as_floats(values))
         return seen
@@ -165,7 +155,7 @@ def test_a_critic_that_is_the_teacher_leaves_the_generator_alone(base, tmp_path)
     for guidance, moved in ((0.0, False), (1.0, True)):
         config = config_of("init", base, tmp_path / "run", dmd__guidance=guidance)
         setup, state = prepared(config)
-        step = jax.jit(functools.partial(distill.train_generator, setup.distillation))
+        step = jax.jit(functools.partial(distill.train, setup.distillation, GENERATOR))
         _, values = step(state, setup.given, text_of(config))
         assert (float(values["generator_dmd_gradient"]) > 1e-4) is moved
 
@@ -180,7 +170,7 @@ def test_micro_batches_are_sequences_of_their_own(base, tmp_path):
     np.testing.assert_array_equal(sequences.text[1], text[1::2])
     np.testing.assert_array_equal(sequences.switch.text[0], -text[::2])
     assert len(np.unique(sequences.seeds)) == 8
-    step = functools.partial(distill.train_critic_long, setup.distillation, new_frames=6)
+    step = functools.partial(distill.train_long, setup.distillation, CRITIC, new_frames=6)
     after, values = jax.jit(step)(dataclasses.replace(state, extra=sequences), setup.given)
     np.testing.assert_array_equal(after.extra.frame, [6, 6])
     assert np.isfinite(values["loss"])
@@ -192,10 +182,14 @@ def test_computing_in_bfloat16_keeps_float32_weights(base, tmp_path):
     config = config_of("init", base, tmp_path / "run", model__dtype="bfloat16", remat="full")
     setup, state = prepared(config)
     assert setup.given.teacher["head"]["proj"]["kernel"].dtype == jnp.float32  # scores.dtype of the toy
-    after, values = jax.jit(functools.partial(distill.train_critic, setup.distillation))(
-        state, setup.given, text_of(config)
-    )
+    step, text = functools.partial(distill.train, setup.distillation, CRITIC), text_of(config)
+    after, values = jax.jit(step)(state, setup.given, text)
     assert np.isfinite(values["loss"])
+    # It does compute in bfloat16: the sequence's cache is, and so are its matrix products.
+    assert distill.begin(setup.distillation, text, jax.random.key(0)).cache.key.dtype == jnp.bfloat16
+    program = str(jax.make_jaxpr(step)(state, setup.given, text)).splitlines()
+    products = [line for line in program if "dot_general" in line]
+    assert sum(":bf16[" in line for line in products) > len(products) / 2
     assert {leaf.dtype.name for leaf in jax.tree.leaves(after.networks[CRITIC].params)} == {"float32"}
 
 

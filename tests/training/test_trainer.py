@@ -27,14 +27,7 @@ from longlive_jax.training.stages import text
 from tests.training import _runs
 from tests.training._runs import CONFIGS, losses, smoke, started, wait_for_losses
 
-pytestmark = pytest.mark.usefixtures("fast_programs")
-
-
-@pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    """Stages run on one of the simulated devices: eight of them take turns on the test machine's cores."""
-    mesh = functools.partial(sharding.make_mesh, devices=jax.devices()[:1])
-    monkeypatch.setattr(sharding, "make_mesh", mesh)
+pytestmark = pytest.mark.usefixtures("fast_programs", "one_device")
 
 
 def board(folder):

@@ -31,8 +31,8 @@ def train(config: InitTraining, *, resume: Resume = "never", is_quiet: bool = Fa
         )
         evaluator = setups.evaluator(setup)
         train_generator, train_critic = (
-            jax.jit(functools.partial(step_fn, setup.distillation), donate_argnums=0)
-            for step_fn in (distill.train_generator, distill.train_critic)
+            jax.jit(functools.partial(distill.train, setup.distillation, name), donate_argnums=0)
+            for name in (distill.GENERATOR, distill.CRITIC)
         )
         state = session.start(setups.init_state(setup), batches)
         session.flops = distill.step_flops(setup.distillation)

@@ -41,12 +41,11 @@ def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = Fa
         begin = jax.jit(functools.partial(distill.begin_long, setup.distillation), static_argnames="name")
         advance = {
             name: jax.jit(
-                functools.partial(step_fn, setup.distillation), donate_argnums=0, static_argnames="new_frames"
+                functools.partial(distill.train_long, setup.distillation, name),
+                donate_argnums=0,
+                static_argnames="new_frames",
             )
-            for name, step_fn in (
-                (GENERATOR, distill.train_generator_long),
-                (CRITIC, distill.train_critic_long),
-            )
+            for name in (GENERATOR, CRITIC)
         }
         streaming = setup.distillation.streaming
         random = functools.partial(distill.host_random, config.run.seed)
