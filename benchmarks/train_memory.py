@@ -30,7 +30,8 @@ def main() -> int:
     from benchmarks import common
     from longlive_jax import sharding
     from longlive_jax.training import plan
-    from longlive_jax.training.config import DistillTraining, load_config
+    from longlive_jax.training.config import DistillTraining
+    from longlive_jax.training.config_file import load_config
 
     found: dict[str, Any] = {}
     fits = True

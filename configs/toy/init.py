@@ -46,13 +46,4 @@ def get_config() -> InitTraining:
 
 
 def smoke(config: InitTraining) -> InitTraining:
-    changes = {
-        "data.batch_size": 8,
-        "critic_optimizer.warmup_steps": 0,
-        "scores.teacher": "runs/smoke/teacher_3/export",
-        "rollout.clip_frames": 6,
-        "model.window.window_frames": 6,
-        "model.window.sink_frames": 3,
-        "evaluation.frames": 6,
-    }
-    return presets.smoke(config, changes)
+    return presets.smoke(config, {"model.window.sink_frames": 3})

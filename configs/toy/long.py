@@ -1,4 +1,4 @@
-"""The toy model as it ships: streaming long tuning on sequences of 240 latent frames, with a LoRA.
+"""The toy student over long videos: streaming long tuning on sequences of 240 latent frames, with a LoRA.
 
     longlive train configs/toy/long.py
 
@@ -51,15 +51,9 @@ def get_config() -> LongTraining:
 
 def smoke(config: LongTraining) -> LongTraining:
     changes = {
-        "data.batch_size": 8,
-        "critic_optimizer.warmup_steps": 0,
-        "scores.teacher": "runs/smoke/teacher_3/export",
         "lora.rank": 4,
-        "rollout.clip_frames": 6,
-        "model.window.window_frames": 6,
         "streaming.sequence_frames": 18,
         "streaming.new_frames": (3,),
         "streaming.switch_frames": (6, 9, 12),
-        "evaluation.frames": 6,
     }
     return presets.smoke(config, changes)

@@ -21,10 +21,10 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_1", steps=6000, eval_every=600, checkpoint_every=100, export_every=600
+            folder="runs/toy/teacher_1", steps=2500, eval_every=500, checkpoint_every=100, export_every=500
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998, ema_start=200),
-        data=ClipsConfig(batch_size=16, frames=3, examples=8192),
+        data=ClipsConfig(batch_size=32, frames=3, examples=4096),
         base="runs/toy/teacher_images/export",
         flow=FlowConfig(),
         evaluation=EvaluationConfig(clips=32, frames=3, batch_size=32, metric="all", better="max"),
@@ -32,11 +32,4 @@ def get_config() -> TeacherTraining:
 
 
 def smoke(config: TeacherTraining) -> TeacherTraining:
-    changes = {
-        "data.batch_size": 8,
-        "data.examples": 8,
-        "data.frames": 3,
-        "flow.encoded_frames": 0,
-        "flow.sample_steps": 2,
-    }
-    return presets.smoke(config, changes)
+    return presets.smoke(config, {"data.frames": 3, "flow.encoded_frames": 0})

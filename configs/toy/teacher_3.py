@@ -21,7 +21,7 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_3", steps=3000, eval_every=300, checkpoint_every=100, export_every=300
+            folder="runs/toy/teacher_3", steps=1500, eval_every=300, checkpoint_every=100, export_every=300
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.999),
         data=ClipsConfig(batch_size=4, frames=21, examples=2048),
@@ -32,11 +32,4 @@ def get_config() -> TeacherTraining:
 
 
 def smoke(config: TeacherTraining) -> TeacherTraining:
-    changes = {
-        "data.batch_size": 8,
-        "data.examples": 8,
-        "data.frames": 6,
-        "flow.encoded_frames": 6,
-        "flow.sample_steps": 2,
-    }
-    return presets.smoke(config, changes)
+    return presets.smoke(config, {"data.frames": 6, "flow.encoded_frames": 6})

@@ -22,13 +22,13 @@ def get_config() -> TeacherTraining:
         model=preset("toy"),
         run=RunConfig(
             folder="runs/toy/teacher_images",
-            steps=6000,
-            eval_every=1000,
+            steps=2000,
+            eval_every=500,
             checkpoint_every=100,
-            export_every=1000,
+            export_every=500,
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998, ema_start=200),
-        data=ClipsConfig(batch_size=48, frames=1, examples=24576),
+        data=ClipsConfig(batch_size=48, frames=1, examples=16384),
         base="runs/toy/text/export",
         flow=FlowConfig(),
         evaluation=EvaluationConfig(clips=64, frames=1, batch_size=32, metric="shape", better="max"),
@@ -36,11 +36,4 @@ def get_config() -> TeacherTraining:
 
 
 def smoke(config: TeacherTraining) -> TeacherTraining:
-    changes = {
-        "data.batch_size": 8,
-        "data.examples": 8,
-        "data.frames": 1,
-        "flow.encoded_frames": 0,
-        "flow.sample_steps": 2,
-    }
-    return presets.smoke(config, changes)
+    return presets.smoke(config, {"data.frames": 1, "flow.encoded_frames": 0})

@@ -21,7 +21,7 @@ def get_config() -> VAETraining:
     return VAETraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/vae", steps=800, eval_every=250, checkpoint_every=50, export_every=250
+            folder="runs/toy/vae", steps=450, eval_every=150, checkpoint_every=50, export_every=250
         ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
@@ -33,18 +33,10 @@ def get_config() -> VAETraining:
         ),
         data=ClipsConfig(batch_size=4, frames=3),
         base="runs/toy/vae_images/export",
-        vae=VAELoss(),
+        vae=VAELoss(latent_noise=0.15, latent_weight=0.0, anchor_weight=1.0),
         evaluation=EvaluationConfig(clips=16, frames=9, batch_size=4, metric="all", better="max"),
     )
 
 
 def smoke(config: VAETraining) -> VAETraining:
-    changes = {
-        "optimizer.ema_decay": 0.0,
-        "data.batch_size": 8,
-        "data.examples": 8,
-        "data.frames": 2,
-        "vae.statistics_clips": 2,
-        "vae.latent_noise": 0.0,
-    }
-    return presets.smoke(config, changes)
+    return presets.smoke(config, {"data.frames": 2})

@@ -19,7 +19,7 @@ def get_config() -> VAETraining:
     return VAETraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/vae_images", steps=1500, eval_every=250, checkpoint_every=50, export_every=250
+            folder="runs/toy/vae_images", steps=900, eval_every=150, checkpoint_every=50, export_every=250
         ),
         optimizer=OptimizerConfig(
             learning_rate=3e-3,
@@ -30,18 +30,10 @@ def get_config() -> VAETraining:
             ema_start=100,
         ),
         data=ClipsConfig(batch_size=32, frames=1),
-        vae=VAELoss(),
+        vae=VAELoss(latent_noise=0.15, latent_weight=0.0, anchor_weight=1.0),
         evaluation=EvaluationConfig(clips=64, frames=1, batch_size=32, metric="shape", better="max"),
     )
 
 
 def smoke(config: VAETraining) -> VAETraining:
-    changes = {
-        "optimizer.ema_decay": 0.0,
-        "data.batch_size": 8,
-        "data.examples": 8,
-        "data.frames": 1,
-        "vae.statistics_clips": 2,
-        "vae.latent_noise": 0.0,
-    }
-    return presets.smoke(config, changes)
+    return presets.smoke(config, {"data.frames": 1})

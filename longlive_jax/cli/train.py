@@ -63,7 +63,7 @@ def add_command(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Runs the command."""
     from longlive_jax.training import processes
-    from longlive_jax.training.config import load_config
+    from longlive_jax.training.config_file import load_config
 
     address = address_of(arguments)
     names = [name for name, _ in arguments.settings]

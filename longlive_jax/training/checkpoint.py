@@ -22,7 +22,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from longlive_jax.errors import UserError, require
-from longlive_jax.training.config import EvaluationConfig, RunConfig, Training, differing, to_json
+from longlive_jax.training.config import EvaluationConfig, RunConfig, Training
+from longlive_jax.training.config_file import differing, to_json
 
 FOLDER = "checkpoints"
 

@@ -5,8 +5,6 @@ is Python: a module whose `get_config()` returns one of them.
 """
 
 import dataclasses
-import importlib.util
-import pathlib
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -15,32 +13,14 @@ from longlive_jax.config import (
     PipelineConfig,
     RematPolicy,
     TransformerConfig,
-    from_dict,
-    override,
-    to_dict,
 )
 from longlive_jax.config import preset as preset_of
-from longlive_jax.errors import UserError, require
+from longlive_jax.errors import require
 from longlive_jax.toy.world import Split
 from longlive_jax.training.losses import DMDConfig
 
 Schedule = Literal["constant", "cosine"]
 Better = Literal["max", "min"]
-
-FREE = (
-    "run.folder",
-    "run.log_every",
-    "run.eval_every",
-    "run.checkpoint_every",
-    "run.keep",
-    "run.export_every",
-    "data.threads",
-    "data.prefetch",
-    "flow.cache_folder",
-    "mesh",
-    "evaluation",
-)
-"""Settings that may change when a run is resumed: they do not change what is learned."""
 
 
 def _at_least(section: str, config: Any, **limits: float) -> None:
@@ -262,6 +242,8 @@ class VAELoss:
       latent_noise: deviation of the noise that is added to (not yet normalised) latents before decoding.
       latent_weight: weight of the latents' mean square. With the noise this is the KL divergence of a
         posterior of fixed width from a standard normal.
+      anchor_weight: weight of the latents' mean square distance from a linear code of their cells
+        (`training.anchor`): latents that move as pixels do are easier to model. 0 leaves them free.
       statistics_clips: clips from which the latents' mean and deviation are measured.
       trained: "decoder" leaves the encoder of the base as it is, and with it the latents: models of them
         stay good.
@@ -270,11 +252,20 @@ class VAELoss:
     sprite_weight: float = 4.0
     latent_noise: float = 0.1
     latent_weight: float = 1e-3
+    anchor_weight: float = 0.0
     statistics_clips: int = 256
     trained: Literal["all", "decoder"] = "all"
 
     def __post_init__(self) -> None:
-        _at_least("vae", self, sprite_weight=0, latent_noise=0, latent_weight=0, statistics_clips=1)
+        _at_least(
+            "vae",
+            self,
+            sprite_weight=0,
+            latent_noise=0,
+            latent_weight=0,
+            anchor_weight=0,
+            statistics_clips=1,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -551,71 +542,3 @@ STAGES: Mapping[str, type[Training]] = {
 def stage_of(config: Training) -> str:
     """The name of the stage a config is for."""
     return next(name for name, cls in STAGES.items() if type(config) is cls)
-
-
-def load_config(path: str | pathlib.Path, changes: Mapping[str, Any] | None = None) -> Training:
-    """Reads a config file and applies dotted overrides.
-
-    Args:
-      path: a Python file that defines `get_config()`.
-      changes: dotted names to values. The name `smoke` (true) shrinks the run to a few tiny steps with
-        the file's `smoke(config)` before the other changes are made.
-
-    Raises:
-      UserError: the file, what it returns or a change is not usable.
-    """
-    path, changes = pathlib.Path(path), dict(changes or {})
-    require(
-        path.is_file() and path.suffix == ".py", f"config={path} is no Python file; try configs/toy/vae.py"
-    )
-    spec = importlib.util.spec_from_file_location(f"longlive_config_{path.stem}", path)
-    assert spec is not None, path  # the suffix is .py
-    assert spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config={path} cannot be read ({type(error).__name__}: {error})") from error
-    require(hasattr(module, "get_config"), f"config={path} has no get_config()")
-    config = module.get_config()
-    require(
-        isinstance(config, Training),
-        f"config={path}: get_config() must return a config of longlive_jax.training",
-    )
-    smoke = str(changes.pop("smoke", "false")).lower()
-    require(smoke in ("true", "false"), f"smoke={smoke!r} must be true or false")
-    if smoke == "true":
-        require(hasattr(module, "smoke"), f"config={path} has no smoke(config) that shrinks it")
-        config = module.smoke(config)
-    return override(config, changes)
-
-
-def to_json(config: Training) -> dict[str, Any]:
-    """A JSON-ready copy that `from_json` reads."""
-    return {"stage": stage_of(config), "settings": to_dict(config)}
-
-
-def from_json(values: Mapping[str, Any]) -> Training:
-    """The inverse of `to_json`."""
-    stage = values.get("stage")
-    require(stage in STAGES, f"stage={stage!r} is not one of {', '.join(STAGES)}")
-    return from_dict(STAGES[str(stage)], values["settings"])
-
-
-def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the settings in which two `to_json` results differ, but for the `FREE` ones."""
-    if old.get("stage") != new.get("stage"):
-        return ["stage"]
-    a, b = _leaves(old["settings"]), _leaves(new["settings"])
-    names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return [name for name in names if not any(name == f or name.startswith(f"{f}.") for f in FREE)]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        found.update(_leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
-    return found

@@ -1,15 +1,15 @@
 """The shared part of every stage's loop: start or resume, count steps, look after what can go wrong.
 
-    with Session(config, resume=..., ) as session:
-        state = session.start(state, data)
-        for step in session.steps():
+    with TrainingRun(config, resume=..., ) as run:
+        state = run.start(state, data)
+        for step in run.steps():
             state, metrics = train_step(state, next(data))
-            session.after(step, state, metrics, frames=...)
-            if session.is_evaluation_due(step):
-                session.evaluated(step, *evaluate(state))
-            if session.is_early_export_due(step):
+            run.after(step, state, metrics, frames=...)
+            if run.is_evaluation_due(step):
+                run.evaluated(step, *evaluate(state))
+            if run.is_early_export_due(step):
                 export(state)
-        session.finish(export=export(state))
+        run.finish(export=export(state))
 
 A signal (Ctrl-C, SIGTERM) to any process ends the loop after the step under way, with a checkpoint (of
 several processes, all after the next one). A loss that is not a
@@ -36,7 +36,8 @@ from longlive_jax.errors import UserError, require
 from longlive_jax.training import metrics as metrics_lib
 from longlive_jax.training import processes
 from longlive_jax.training.checkpoint import Checkpoints, has_checkpoints
-from longlive_jax.training.config import Training, to_json
+from longlive_jax.training.config import Training
+from longlive_jax.training.config_file import to_json
 from longlive_jax.training.lock import RunLock
 
 CONFIG_FILE = "config.json"
@@ -69,7 +70,7 @@ class TrainingError(Exception):
     """The loss is no number, or diverged; the last good checkpoint is kept."""
 
 
-class Session:
+class TrainingRun:
     """One run of one stage.
 
     Args:
@@ -95,7 +96,7 @@ class Session:
         self._first = self._done = 0
         self._started = time.monotonic()
 
-    def __enter__(self) -> "Session":
+    def __enter__(self) -> "TrainingRun":
         with self._stack as stack:  # what is open is closed again if the rest fails
             stack.enter_context(RunLock(self._folder))
             exists = has_checkpoints(self._folder)

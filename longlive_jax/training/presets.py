@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 from longlive_jax.config import override
-from longlive_jax.training.config import Training
+from longlive_jax.training.config import DistillTraining, FlowTraining, Training, VAETraining
 
 T = TypeVar("T", bound=Training)
 
@@ -21,6 +21,23 @@ _RUN: Mapping[str, Any] = {
     "evaluation.clips": 2,
     "evaluation.frames": 3,
     "evaluation.batch_size": 2,
+    "data.batch_size": 8,
+}
+_STAGES: Mapping[type[Training], Mapping[str, Any]] = {
+    VAETraining: {
+        "optimizer.ema_decay": 0.0,
+        "data.examples": 8,
+        "vae.statistics_clips": 2,
+        "vae.latent_noise": 0.0,
+    },
+    FlowTraining: {"data.examples": 8, "flow.sample_steps": 2},
+    DistillTraining: {
+        "critic_optimizer.warmup_steps": 0,
+        "scores.teacher": "runs/smoke/teacher_3/export",
+        "rollout.clip_frames": 6,
+        "model.window.window_frames": 6,
+        "evaluation.frames": 6,
+    },
 }
 _MODEL: Mapping[str, Any] = {
     "model.video.height": 16,
@@ -37,7 +54,7 @@ _MODEL: Mapping[str, Any] = {
 }
 
 
-def smoke(config: T, changes: Mapping[str, Any]) -> T:
+def smoke(config: T, changes: Mapping[str, Any] | None = None) -> T:
     """A stage in two steps, over and over the same few clips, of a tiny model.
 
     Its run and its base are moved from `runs/toy` to `runs/smoke`, so the smoke forms of all stages
@@ -45,11 +62,12 @@ def smoke(config: T, changes: Mapping[str, Any]) -> T:
 
     Args:
       config: the stage's config.
-      changes: dotted names to values, for what the stages do not share.
+      changes: dotted names to values, for what stages of its kind do not share.
     """
     moved = dataclasses.replace(config, base=_moved(config.base))
     folder = {"run.folder": _moved(config.run.folder)}
-    return override(moved, {**_RUN, **_MODEL, **folder, **changes})
+    kind = next((found for stage, found in _STAGES.items() if isinstance(config, stage)), {})
+    return override(moved, {**_RUN, **_MODEL, **kind, **folder, **(changes or {})})
 
 
 def _moved(path: str) -> str:

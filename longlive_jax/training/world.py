@@ -14,7 +14,7 @@ REFERENCE_SIDE = 64
 
 
 def world_of(config: PipelineConfig) -> toy.World:
-    """The toy world at a model's frame size; sprites and speed scale with the shorter side."""
+    """The toy world at a model's frame size; sprites, lanes and speed scale with the shorter side."""
     video = config.video
     scale = min(video.height, video.width) / REFERENCE_SIDE
     usual = toy.World()
@@ -25,6 +25,7 @@ def world_of(config: PipelineConfig) -> toy.World:
         fps=video.fps,
         speed=usual.speed * scale,
         size_range=(low * scale, high * scale),
+        lane_margin=usual.lane_margin * scale,
     )
 
 

@@ -70,7 +70,7 @@ def breakages(clips: Scenes) -> dict[str, np.ndarray]:
         "frozen": halfway(np.repeat(good[:, HALF - 1 : HALF], FRAMES - HALF, axis=1)),
         "vanished": halfway(np.repeat(empty, FRAMES - HALF, axis=1)),
         "noise": halfway(noise(tail, 0.1)),
-        "blurred": halfway(blur(tail, 1.5)),
+        "blurred": halfway(blur(tail, 1.8)),
         "brighter": halfway(np.clip(tail + 0.35 * ramp, -1, 1)),
         "flicker": halfway(np.clip(tail + 0.06 * signs, -1, 1)),
         "size": instead(size=low + high - clips.size),

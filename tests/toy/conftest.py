@@ -10,7 +10,7 @@ from longlive_jax import checkpoint
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.models.tokenizer import train_word_tokenizer
 from longlive_jax.training import world as worlds
-from longlive_jax.training.config import load_config
+from longlive_jax.training.config_file import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs/toy"
 

@@ -14,7 +14,7 @@ from longlive_jax.convert.inspect import inspect
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.toy import bundle, card
-from longlive_jax.training.config import load_config
+from longlive_jax.training.config_file import load_config
 
 ROOT = pathlib.Path(__file__).parents[2]
 

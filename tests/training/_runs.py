@@ -15,7 +15,7 @@ import pytest
 
 from longlive_jax import sharding
 from longlive_jax.training import metrics
-from longlive_jax.training.config import load_config
+from longlive_jax.training.config_file import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs/toy"
 

@@ -14,7 +14,7 @@ from longlive_jax.config import TransformerConfig, WindowConfig, override
 from longlive_jax.errors import UserError
 from longlive_jax.training import state as states
 from longlive_jax.training.checkpoint import FOLDER, Checkpoints, has_checkpoints
-from longlive_jax.training.config import load_config
+from longlive_jax.training.config_file import load_config
 
 CONFIG_FILE = pathlib.Path(__file__).parents[2] / "configs/toy/text.py"
 

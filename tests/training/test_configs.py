@@ -8,7 +8,7 @@ import pathlib
 import pytest
 
 from longlive_jax.errors import UserError
-from longlive_jax.training.config import differing, from_json, load_config, to_json
+from longlive_jax.training.config_file import differing, from_json, load_config, to_json
 
 ROOT = pathlib.Path(__file__).parents[2]
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -17,7 +17,6 @@ PAPER = sorted((ROOT / "configs/wan").glob("*.py"))
 RECIPE = (
     "vae_images",
     "vae",
-    "vae_decoder",
     "text",
     "teacher_images",
     "teacher_1",
@@ -26,6 +25,7 @@ RECIPE = (
     "causal_init",
     "init",
     "long",
+    "vae_decoder",
 )
 
 

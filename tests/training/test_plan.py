@@ -6,7 +6,7 @@ import pytest
 
 from longlive_jax import sharding
 from longlive_jax.training import plan
-from longlive_jax.training.config import load_config
+from longlive_jax.training.config_file import load_config
 from tests.training._runs import CONFIGS
 
 PAPER = CONFIGS.parent / "wan"

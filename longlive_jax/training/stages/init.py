@@ -13,7 +13,7 @@ from longlive_jax.training import distill_setup as setups
 from longlive_jax.training import prompts as prompts_lib
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import InitTraining
-from longlive_jax.training.loop import Resume, Session, check_base, make_mesh
+from longlive_jax.training.loop import Resume, TrainingRun, check_base, make_mesh
 from longlive_jax.training.prompts import PROMPT
 
 
@@ -21,7 +21,7 @@ def train(config: InitTraining, *, resume: Resume = "never", is_quiet: bool = Fa
     """Trains generator and critic and exports both; returns the report."""
     check_base(config, *setups.NEEDS)
     mesh = make_mesh(config)
-    with Session(config, resume=resume, is_quiet=is_quiet) as session:
+    with TrainingRun(config, resume=resume, is_quiet=is_quiet) as run:
         setup = setups.load(config, mesh)
         world = worlds.world_of(config.model)
         batches = iter(
@@ -34,20 +34,20 @@ def train(config: InitTraining, *, resume: Resume = "never", is_quiet: bool = Fa
             jax.jit(functools.partial(distill.train, setup.distillation, name), donate_argnums=0)
             for name in (distill.GENERATOR, distill.CRITIC)
         )
-        state = session.start(setups.init_state(setup), batches)
-        session.flops = distill.step_flops(setup.distillation)
+        state = run.start(setups.init_state(setup), batches)
+        run.flops = distill.step_flops(setup.distillation)
         frames = config.data.batch_size * config.model.vae.video_frames(config.rollout.clip_frames)
-        for step in session.steps():
+        for step in run.steps():
             metrics = {}
             if config.is_generator_due(step):
                 text = setup.embed(next(batches))[PROMPT]
                 state, metrics = train_generator(state, setup.given, text)
             text = setup.embed(next(batches))[PROMPT]
             state, critic_metrics = train_critic(state, setup.given, text)
-            session.after(step, state, metrics | critic_metrics, frames=frames)
-            if session.is_evaluation_due(step):
+            run.after(step, state, metrics | critic_metrics, frames=frames)
+            if run.is_evaluation_due(step):
                 videos = evaluator.videos(setups.student_params(setup, state))
-                session.evaluated(step, evaluator.scores(videos), videos)
-            if session.is_early_export_due(step):
+                run.evaluated(step, evaluator.scores(videos), videos)
+            if run.is_early_export_due(step):
                 setups.export(setup, state)
-        return session.finish(export=str(setups.export(setup, state)))
+        return run.finish(export=str(setups.export(setup, state)))

@@ -17,7 +17,7 @@ from longlive_jax.training import prompts as prompts_lib
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import LongTraining
 from longlive_jax.training.distill import CRITIC, GENERATOR
-from longlive_jax.training.loop import Resume, Session, check_base, make_mesh
+from longlive_jax.training.loop import Resume, TrainingRun, check_base, make_mesh
 from longlive_jax.training.prompts import PROMPT, SWITCH
 from longlive_jax.training.state import Metrics
 
@@ -26,7 +26,7 @@ def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = Fa
     """Trains the LoRAs (or all weights) of generator and critic and exports them; returns the report."""
     check_base(config, *setups.NEEDS)
     mesh = make_mesh(config)
-    with Session(config, resume=resume, is_quiet=is_quiet) as session:
+    with TrainingRun(config, resume=resume, is_quiet=is_quiet) as run:
         setup = setups.load(config, mesh)
         batches = iter(
             prompts_lib.token_batches(
@@ -49,10 +49,10 @@ def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = Fa
         }
         streaming = setup.distillation.streaming
         random = functools.partial(distill.host_random, config.run.seed)
-        state = session.start(setups.init_state(setup), batches)
-        session.flops = distill.step_flops(setup.distillation)
+        state = run.start(setups.init_state(setup), batches)
+        run.flops = distill.step_flops(setup.distillation)
         frame = int(np.max(state.extra.frame))
-        for step in session.steps():
+        for step in run.steps():
             metrics: Metrics = {}
             video_frames = 0
             for name in (GENERATOR, CRITIC) if config.is_generator_due(step) else (CRITIC,):
@@ -65,10 +65,10 @@ def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = Fa
                 metrics |= found
                 frame += new_frames
                 video_frames += config.data.batch_size * new_frames * config.model.vae.temporal_stride
-            session.after(step, state, metrics, frames=video_frames)
-            if session.is_evaluation_due(step):
+            run.after(step, state, metrics, frames=video_frames)
+            if run.is_evaluation_due(step):
                 videos = evaluator.videos(setups.student_params(setup, state))
-                session.evaluated(step, evaluator.scores(videos), videos)
-            if session.is_early_export_due(step):
+                run.evaluated(step, evaluator.scores(videos), videos)
+            if run.is_early_export_due(step):
                 setups.export(setup, state)
-        return session.finish(export=str(setups.export(setup, state)))
+        return run.finish(export=str(setups.export(setup, state)))

@@ -25,7 +25,7 @@ from longlive_jax.training import processes
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import TextTraining
-from longlive_jax.training.loop import Resume, Session, check_base, make_mesh
+from longlive_jax.training.loop import Resume, TrainingRun, check_base, make_mesh
 from longlive_jax.training.state import Metrics, TrainState
 from longlive_jax.types import Array, Params, PRNGKey
 
@@ -39,7 +39,7 @@ def train(config: TextTraining, *, resume: Resume = "never", is_quiet: bool = Fa
     mesh = make_mesh(config)
     encoder = text_encoder_of(config.model)
     step_fn = jax.jit(functools.partial(train_step, config, encoder), donate_argnums=0)
-    with Session(config, resume=resume, is_quiet=is_quiet) as session:
+    with TrainingRun(config, resume=resume, is_quiet=is_quiet) as run:
         tokenizer = make_tokenizer(config)
         prompts = iter(
             toy_data.prompts(
@@ -50,21 +50,21 @@ def train(config: TextTraining, *, resume: Resume = "never", is_quiet: bool = Fa
             )
         )
         state = sharding.init_sharded(functools.partial(init, config, encoder), mesh=mesh)
-        state = session.start(state, prompts)
-        for step in session.steps():
+        state = run.start(state, prompts)
+        for step in run.steps():
             batch = next(prompts)
             batch = sharding.place_batch(
                 {"ids": batch["caption_tokens"], "attributes": batch["attributes"]}, mesh
             )
             state, metrics = step_fn(state, batch)
-            session.after(step, state, metrics, frames=0)
-            if session.is_evaluation_due(step):
+            run.after(step, state, metrics, frames=0)
+            if run.is_evaluation_due(step):
                 params = processes.to_host(state.networks[PART].best)
-                session.evaluated(step, evaluate(config, encoder, tokenizer, params))
-            if session.is_early_export_due(step):
+                run.evaluated(step, evaluate(config, encoder, tokenizer, params))
+            if run.is_early_export_due(step):
                 export(config, state.networks[PART].best)
         folder = export(config, state.networks[PART].best)
-        return session.finish(export=str(folder))
+        return run.finish(export=str(folder))
 
 
 def make_tokenizer(config: TextTraining) -> Tokenizer:

@@ -3,7 +3,7 @@
 The loss is the mean error of the pixels, those of the sprite weighted, with noise on the latents and a
 pull towards zero: together the KL divergence of a posterior of fixed width from a standard normal. It
 leaves latents that are smooth and that a decoder forgives small errors of, which is what a diffusion
-model needs.
+model needs. `vae.anchor_weight` ties them to a linear code of the frames besides (`training.anchor`).
 
 Images come first, then clips, as for the VAE this one is modelled on: a run on single frames
 (`data.frames=1`) is many times cheaper per scene, and a run on clips goes on from it (`base`). Before
@@ -27,18 +27,21 @@ from longlive_jax.models import vae as vae_lib
 from longlive_jax.models.vae import WanVAE
 from longlive_jax.toy import data as toy_data
 from longlive_jax.toy.renderer import BACKGROUND_TABLE
+from longlive_jax.training import anchor as anchors
 from longlive_jax.training import export as export_lib
 from longlive_jax.training import processes
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
+from longlive_jax.training.anchor import LinearCode
 from longlive_jax.training.config import VAETraining
-from longlive_jax.training.loop import Resume, Session, make_mesh
+from longlive_jax.training.loop import Resume, TrainingRun, make_mesh
 from longlive_jax.training.state import Metrics, TrainState
 from longlive_jax.types import Array, Params, PRNGKey
 
 PART = "vae"
 
-_ENCODER = ("encoder", "quant")
+ENCODER = ("encoder", "quant")
+"""The parts of its parameters that decide what the latents are."""
 
 _SPRITE_DISTANCE = 0.3  # of a sprite's pixel from its background in some channel, in [-1, 1] units
 
@@ -52,23 +55,27 @@ def train(config: VAETraining, *, resume: Resume = "never", is_quiet: bool = Fal
         toy_data.clips(world, worlds.stream_config(config.data), frames=video_frames, shard=worlds.shard())
     )
     step_fn = jax.jit(functools.partial(train_step, config, vae), donate_argnums=0)
-    with Session(config, resume=resume, is_quiet=is_quiet) as session:
+    code = None
+    if config.vae.anchor_weight:
+        clip_count = config.vae.statistics_clips
+        code = anchors.fit(world, config.model.vae, clips=clip_count, seed=config.data.seed)
+    with TrainingRun(config, resume=resume, is_quiet=is_quiet) as run:
         start, frozen = start_params(config)
         state = sharding.init_sharded(functools.partial(init, config, vae), start, mesh=mesh)
-        frozen = sharding.place(frozen, mesh)
-        state = session.start(state, clips)
-        for step in session.steps():
+        frozen, code = sharding.place(frozen, mesh), jax.device_put(code, sharding.replicated(mesh))
+        state = run.start(state, clips)
+        for step in run.steps():
             batch = next(clips)
             batch = sharding.place_batch({name: batch[name] for name in ("video", "attributes")}, mesh)
-            state, metrics = step_fn(state, frozen, batch)
-            session.after(step, state, metrics, frames=config.data.batch_size * video_frames)
-            if session.is_evaluation_due(step):
+            state, metrics = step_fn(state, frozen, code, batch)
+            run.after(step, state, metrics, frames=config.data.batch_size * video_frames)
+            if run.is_evaluation_due(step):
                 params = processes.to_host({**frozen, **state.networks[PART].best})
-                session.evaluated(step, *evaluate(config, params))
-            if session.is_early_export_due(step):
+                run.evaluated(step, *evaluate(config, params))
+            if run.is_early_export_due(step):
                 export(config, processes.to_host({**frozen, **state.networks[PART].best}))
         folder = export(config, processes.to_host({**frozen, **state.networks[PART].best}))
-        return session.finish(export=str(folder))
+        return run.finish(export=str(folder))
 
 
 def training_vae(model: PipelineConfig) -> WanVAE:
@@ -84,7 +91,7 @@ def start_params(config: VAETraining) -> tuple[Params | None, Params]:
         return None, {}
     base = checkpoint.open_checkpoint(config.base)
     params = base.load(PART, dtype=np.float32, expect=expected_tree(PART, config.model))
-    kept = _ENCODER if config.vae.trained == "decoder" else ()
+    kept = ENCODER if config.vae.trained == "decoder" else ()
     trained = {name: tree for name, tree in params.items() if name not in kept}
     return trained, {name: params[name] for name in kept}
 
@@ -119,11 +126,16 @@ def as_image_model(params: Params) -> Params:
 
 
 def train_step(
-    config: VAETraining, vae: WanVAE, state: TrainState, frozen: Params, batch: dict[str, Array]
+    config: VAETraining,
+    vae: WanVAE,
+    state: TrainState,
+    frozen: Params,
+    code: LinearCode | None,
+    batch: dict[str, Array],
 ) -> tuple[TrainState, Metrics]:
     """One update on `{"video" [B, V, Y, X, 3], "attributes" [B, 4]}`."""
     network = state.networks[PART]
-    loss = functools.partial(loss_fn, config, vae, frozen)
+    loss = functools.partial(loss_fn, config, vae, frozen, code)
     grads, metrics = states.gradients(
         loss, network.params, batch, state.step_key(), micro_batches=config.run.micro_batches
     )
@@ -135,11 +147,12 @@ def loss_fn(
     config: VAETraining,
     vae: WanVAE,
     frozen: Params,
+    code: LinearCode | None,
     trained: Params,
     batch: dict[str, Array],
     key: PRNGKey,
 ) -> tuple[Array, Metrics]:
-    """Weighted error of the pixels, and the size of the latents."""
+    """Weighted error of the pixels, the size of the latents, and their distance from the linear code."""
     params, video = {**frozen, **trained}, batch["video"]
     latents = encode(vae, params, video)
     noise = jax.random.normal(key, latents.shape) * config.vae.latent_noise
@@ -148,7 +161,11 @@ def loss_fn(
     pixels = jnp.mean(weight * (jnp.abs(error) + jnp.square(error))) / jnp.mean(weight)
     size = jnp.mean(jnp.square(latents))
     loss = pixels + config.vae.latent_weight * size
-    return loss, {"pixels": pixels, "mse": jnp.mean(jnp.square(error)), "latent_size": size}
+    metrics = {"pixels": pixels, "mse": jnp.mean(jnp.square(error)), "latent_size": size}
+    if code is not None:
+        metrics["anchor"] = jnp.mean(jnp.square(latents - code(video, config.model.vae)))
+        loss += config.vae.anchor_weight * metrics["anchor"]
+    return loss, metrics
 
 
 def sprite_weights(video: Array, attributes: Array, weight: float) -> Array:
