@@ -24,7 +24,7 @@ def get_config() -> CausalInitTraining:
             folder="runs/toy/causal_init", steps=500, eval_every=300, checkpoint_every=100, export_every=300
         ),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
-        data=ClipsConfig(batch_size=4, frames=21, examples=2048),
+        data=ClipsConfig(batch_size=4, frames=21, examples=768),
         base="runs/toy/teacher_3/export",
         flow=FlowConfig(causal_share=1.0, past_noise=0.1, encoded_frames=21),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),

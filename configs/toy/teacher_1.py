@@ -24,9 +24,9 @@ def get_config() -> TeacherTraining:
             folder="runs/toy/teacher_1", steps=2500, eval_every=500, checkpoint_every=100, export_every=500
         ),
         optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100, ema_decay=0.998, ema_start=200),
-        data=ClipsConfig(batch_size=32, frames=3, examples=4096),
+        data=ClipsConfig(batch_size=32, frames=3, examples=3072),
         base="runs/toy/teacher_images/export",
-        flow=FlowConfig(),
+        flow=FlowConfig(levels="logit_normal"),
         evaluation=EvaluationConfig(clips=32, frames=3, batch_size=32, metric="all", better="max"),
     )
 

@@ -1,4 +1,4 @@
-"""The toy teacher, second part: clips of 9 latent frames.
+"""The toy teacher, second part: other clips of one block; shapes go on rising long after colours are right.
 
     longlive train configs/toy/teacher_2.py
 
@@ -21,13 +21,13 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_2", steps=1000, eval_every=300, checkpoint_every=100, export_every=300
+            folder="runs/toy/teacher_2", steps=2500, eval_every=500, checkpoint_every=100, export_every=500
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.998),
-        data=ClipsConfig(batch_size=8, frames=9, examples=2048),
+        optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.998, ema_start=50),
+        data=ClipsConfig(batch_size=32, frames=3, examples=3072, seed=1),
         base="runs/toy/teacher_1/export",
-        flow=FlowConfig(encoded_frames=21),
-        evaluation=EvaluationConfig(clips=32, frames=9, batch_size=16, metric="all", better="max"),
+        flow=FlowConfig(levels="logit_normal", guidance=2.0),
+        evaluation=EvaluationConfig(clips=32, frames=3, batch_size=32, metric="all", better="max"),
     )
 
 

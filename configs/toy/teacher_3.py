@@ -24,9 +24,9 @@ def get_config() -> TeacherTraining:
             folder="runs/toy/teacher_3", steps=1500, eval_every=300, checkpoint_every=100, export_every=300
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.999),
-        data=ClipsConfig(batch_size=4, frames=21, examples=2048),
+        data=ClipsConfig(batch_size=4, frames=21, examples=768),
         base="runs/toy/teacher_2/export",
-        flow=FlowConfig(encoded_frames=21),
+        flow=FlowConfig(levels="logit_normal", guidance=2.0, encoded_frames=21),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
     )
 

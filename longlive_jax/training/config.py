@@ -296,6 +296,8 @@ class FlowConfig:
 
     Attributes:
       shift: timestep shift of the noise levels that are drawn, and of the evaluation's samples.
+      levels: law of the levels before the shift: uniform in (0, 1), or the logistic function of a standard
+        normal, which draws few levels near 0 and 1 (arXiv 2403.03206, section 3.1).
       text_dropout: share of clips that are trained without a prompt, for guidance.
       causal_share: share of every batch that is trained block by block after a clean past; the others
         see all frames at one noise level.
@@ -308,6 +310,7 @@ class FlowConfig:
     """
 
     shift: float = 3.0
+    levels: Literal["uniform", "logit_normal"] = "uniform"
     text_dropout: float = 0.1
     causal_share: float = 0.0
     past_noise: float = 0.0

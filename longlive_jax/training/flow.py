@@ -175,7 +175,12 @@ def _noise_levels(
 ) -> Array:
     """Noise levels `[B, F]` in (0, 1): one per block of the causal clips, one per clip of the others."""
     size, frames = shape
-    level = shift_sigma(jax.random.uniform(key, (size, -(-frames // block))), config.flow.shift)
+    drawn = (size, -(-frames // block))
+    if config.flow.levels == "logit_normal":
+        level = jax.nn.sigmoid(jax.random.normal(key, drawn))
+    else:
+        level = jax.random.uniform(key, drawn)
+    level = shift_sigma(level, config.flow.shift)
     level = jnp.where(jnp.arange(size)[:, None] < causal, level, level[:, :1])
     return jnp.repeat(jnp.asarray(level), block, axis=1)[:, :frames]
 

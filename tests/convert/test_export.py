@@ -104,6 +104,22 @@ def test_our_checkpoint_survives_the_round_trip(tmp_path: pathlib.Path) -> None:
             assert leaf.dtype == after[name].dtype
 
 
+@pytest.mark.parametrize("layout", ["longlive", "wan"])
+def test_a_model_of_x0_says_what_the_files_cannot(layout: str, tmp_path: pathlib.Path) -> None:
+    def notes(folder: str) -> list[str]:
+        return export(tmp_path / folder, tmp_path / f"{folder}.out", layout=layout).notes  # type: ignore[arg-type]
+
+    sources.tiny_checkpoint(tmp_path / "velocity")
+    sources.tiny_checkpoint(tmp_path / "x0")
+    file = tmp_path / "x0/config.json"
+    content = json.loads(file.read_text())
+    content["config"]["transformer"]["prediction"] = "x0"
+    file.write_text(json.dumps(content))
+    assert notes("velocity") == []
+    (note,) = notes("x0")
+    assert "prediction='x0'" in note
+
+
 class _Adapted(torch.nn.Module):
     """Linear layers under the names of the original transformer's blocks."""
 
