@@ -8,10 +8,10 @@ Needs runs/toy/teacher_3/export.
 from longlive_jax.config import preset
 from longlive_jax.training import presets
 from longlive_jax.training.config import (
+    CausalFlowConfig,
     CausalInitTraining,
     ClipsConfig,
     EvaluationConfig,
-    FlowConfig,
     OptimizerConfig,
     RunConfig,
 )
@@ -26,7 +26,7 @@ def get_config() -> CausalInitTraining:
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
         data=ClipsConfig(batch_size=4, frames=21, examples=768),
         base="runs/toy/teacher_3/export",
-        flow=FlowConfig(causal_share=1.0, past_noise=0.1, encoded_frames=21),
+        flow=CausalFlowConfig(past_noise=0.1, encoded_frames=21),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
     )
 

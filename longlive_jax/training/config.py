@@ -327,6 +327,36 @@ class FlowConfig:
         _at_least("flow", self, sample_steps=1, guidance=0, encoded_frames=0)
 
 
+CausalMethod = Literal["teacher_forcing", "ode"]
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalFlowConfig(FlowConfig):
+    """How the student is made causal.
+
+    Attributes:
+      causal_share: see `FlowConfig`; all of the batch.
+      method: "teacher_forcing" is flow matching on clips. "ode" regresses the end of the teacher's own
+        trajectories (`training.trajectories`) from their states at the student's denoising steps; then
+        `shift`, `sample_steps` and `guidance` are those of the solver, `data.examples` counts trajectories,
+        and evaluations sample in the student's few steps.
+    """
+
+    causal_share: float = 1.0
+    method: CausalMethod = "teacher_forcing"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.method == "ode":
+            for name, wanted, why in (
+                ("causal_share", 1, "the student is causal"),
+                ("text_dropout", 0, "a trajectory belongs to its prompt"),
+                ("encoded_frames", 0, "a trajectory has data.frames frames"),
+            ):
+                value = getattr(self, name)
+                require(value == wanted, f"flow.{name}={value} must be {wanted} with flow.method=ode: {why}")
+
+
 @dataclasses.dataclass(frozen=True)
 class FlowTraining(Training):
     """What the stages that learn from encoded clips share."""
@@ -363,7 +393,7 @@ class TeacherTraining(FlowTraining):
 class CausalInitTraining(FlowTraining):
     """Stage `causal_init`: the block-causal student, from the teacher's weights."""
 
-    flow: FlowConfig = FlowConfig(causal_share=1.0)
+    flow: CausalFlowConfig = CausalFlowConfig()
 
 
 @dataclasses.dataclass(frozen=True)

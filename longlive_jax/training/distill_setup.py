@@ -16,7 +16,7 @@ from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference.pipeline import text_encoder_of, transformer_of
 from longlive_jax.models.tokenizer import Tokenizer
-from longlive_jax.training import distill
+from longlive_jax.training import distill, sampling
 from longlive_jax.training import export as export_lib
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
@@ -153,11 +153,10 @@ def evaluator(setup: Setup) -> Evaluator:
     # On one device, unlike the generator under training.
     generator = dataclasses.replace(distillation.forcing.generator, transformer=transformer_of(model))
 
+    shape = (settings.frames, *distillation.latent_size, model.vae.z_dim)
+
     def sample(params: Params, text: Array, seeds: Array) -> Array:
-        state = generator.init(
-            params, text, seeds, latent_size=distillation.latent_size, total_frames=settings.frames
-        )
-        return generator.rollout(params, state, settings.frames // model.window.block_frames)[1]
+        return sampling.few_step(generator, params, sampling.Prompts(text, None), seeds, shape=shape)
 
     text = np.asarray(setup.embed.prompts(setup.tokenizer, prompts))
     return Evaluator(settings, model, setup.vae_params, sample, text, codes)

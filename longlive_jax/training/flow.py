@@ -1,16 +1,22 @@
-"""Flow matching on encoded clips: the data, the loss and the evaluation that two stages share.
+"""Flow matching and ODE regression: the data, the loss and the evaluation that two stages share.
 
 A clip is trained either *bidirectionally*, all frames at one noise level and attending to each other (the
 teacher), or *causally*: every block at its own noise level, attending to itself and to the keys and
 values that clean latents leave in the cache, as at inference (teacher forcing). The clean pass runs block by
 block without gradient; one pass over all blocks then has the gradient, straight through to the keys
 and values of the earlier blocks.
+
+What a block is asked for depends on the batch (`task_of`). Encoded clips are noised to any level, for the
+velocity of that noise. Trajectories of the teacher bring their own noisy states, at the levels of the
+student's denoising steps, and it is their end that the student must find (ODE regression).
 """
 
 import dataclasses
 import functools
+import hashlib
 import pathlib
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +27,7 @@ from longlive_jax import checkpoint, sharding
 from longlive_jax.cache import BlockKV, KVCache
 from longlive_jax.config import PipelineConfig
 from longlive_jax.convert.shapes import expected_tree
-from longlive_jax.diffusion.schedule import NUM_TIMESTEPS, shift_sigma
+from longlive_jax.diffusion.schedule import NUM_TIMESTEPS, few_step_table, shift_sigma
 from longlive_jax.inference.pipeline import text_encoder_of, transformer_of, vae_of
 from longlive_jax.inference.rollout import Generator
 from longlive_jax.models import text_encoder as text_lib
@@ -33,12 +39,17 @@ from longlive_jax.ops.windowed_attention import ClipContext
 from longlive_jax.training import latents as latents_lib
 from longlive_jax.training import sampling
 from longlive_jax.training import state as states
+from longlive_jax.training import trajectories as trajectories_lib
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import FlowTraining
 from longlive_jax.training.evaluation import Evaluator
 from longlive_jax.training.export import base_model
 from longlive_jax.training.state import Metrics, TrainState
-from longlive_jax.types import Array, Params, PRNGKey
+from longlive_jax.training.stored import StoredClips
+from longlive_jax.types import Array, Params, PRNGKey, pytree
+
+Sample: TypeAlias = Callable[..., Array]
+"""`(generator, params, prompts, seeds, *, shape) -> latents`, as `sampling.few_step`."""
 
 PART = "transformer"
 NEEDS = ("vae", "text_encoder")
@@ -66,6 +77,18 @@ class Frozen:
     def vae(self) -> WanVAE:
         return vae_of(self.model)
 
+    @property
+    def local_generator(self) -> Generator:
+        """The generator on one device, unlike the one under training."""
+        return dataclasses.replace(self.generator, transformer=transformer_of(self.model))
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of a latent frame."""
+        video = self.model.video
+        height, width = self.model.latent_size(video.height, video.width)
+        return height, width, self.model.vae.z_dim
+
 
 def load_frozen(config: FlowTraining, mesh: jax.sharding.Mesh) -> Frozen:
     """Loads the base's VAE, embeds every caption once, and loads the transformer where there is one."""
@@ -86,18 +109,44 @@ def load_frozen(config: FlowTraining, mesh: jax.sharding.Mesh) -> Frozen:
     )
 
 
-def encoded_clips(config: FlowTraining, frozen: Frozen) -> latents_lib.EncodedClips:
+def encoded_clips(config: FlowTraining, frozen: Frozen) -> StoredClips:
     """The stage's clips, encoded by the base's VAE."""
-    folder = config.flow.cache_folder or pathlib.Path(config.run.folder).parent / "latents"
     return latents_lib.encode_clips(
         frozen.vae,
         frozen.vae_params,
         worlds.world_of(frozen.model),
         config.data,
         frames=config.flow.encoded_frames or config.data.frames,
-        folder=pathlib.Path(folder),
+        folder=_cache_folder(config),
         fingerprint=checkpoint.open_checkpoint(config.base).fingerprint("vae"),
     )
+
+
+def trajectories(config: FlowTraining, frozen: Frozen) -> StoredClips:
+    """The trajectories of the base's transformer for the prompts of the stage's clips."""
+    base = checkpoint.open_checkpoint(config.base)
+    tokenizer = hashlib.sha256(base.tokenizer_path.read_bytes()).hexdigest()
+    return trajectories_lib.solve_clips(
+        frozen.local_generator,
+        frozen.start,
+        frozen.captions,
+        worlds.world_of(frozen.model),
+        config.data,
+        latent_shape=frozen.latent_shape,
+        solver=solver(config),
+        folder=_cache_folder(config),
+        fingerprints=(base.fingerprint(PART), base.fingerprint("text_encoder"), tokenizer),
+    )
+
+
+def solver(config: FlowTraining) -> sampling.Solver:
+    """How samples of the teacher, and of a student that knows all noise levels, are made."""
+    flow = config.flow
+    return sampling.Solver(steps=flow.sample_steps, shift=flow.shift, guidance=flow.guidance)
+
+
+def _cache_folder(config: FlowTraining) -> pathlib.Path:
+    return pathlib.Path(config.flow.cache_folder or pathlib.Path(config.run.folder).parent / "latents")
 
 
 def init(config: FlowTraining, frozen: Frozen, mesh: jax.sharding.Mesh) -> TrainState:
@@ -121,7 +170,7 @@ def train_step(
     batch: dict[str, Array],
     captions: Array,
 ) -> tuple[TrainState, Metrics]:
-    """One update on `{"latents" [B, F, h, w, C], "caption" [B]}`."""
+    """One update on a batch of `encoded_clips` or of `trajectories`."""
     network = state.networks[PART]
     loss = functools.partial(loss_fn, config, generator, captions)
     grads, metrics = states.gradients(
@@ -139,35 +188,99 @@ def loss_fn(
     batch: dict[str, Array],
     key: PRNGKey,
 ) -> tuple[Array, Metrics]:
-    """Mean square error of the velocity; the first clips of a batch are the causal ones."""
+    """Weighted mean square error of the velocity; the first clips of a batch are the causal ones."""
     drop_key, level_key, noise_key, past_key = jax.random.split(key, 4)
-    latents = batch["latents"]  # [B, F, h, w, C]
-    size, block = latents.shape[0], generator.window.block_frames
+    size = batch["caption"].shape[0]
     causal = round(size * config.flow.causal_share)
     dropped = jax.random.uniform(drop_key, (size,)) < config.flow.text_dropout
     rows = jnp.where(dropped, captions.shape[0] - 1, batch["caption"])
     text = generator.encode_text(params, captions[rows])
-    shape = (size, latents.shape[1])
-    sigma = _noise_levels(config, level_key, shape, block=block, causal=causal)  # [B, F]
-    noise = jax.random.normal(noise_key, latents.shape)
-    wide = sigma[:, :, None, None, None]
-    noisy, target = (1 - wide) * latents + wide * noise, noise - latents
+    task = task_of(config, generator, batch, level_key=level_key, noise_key=noise_key)
+
+    def error(found: Array, task: Task) -> Array:
+        return jnp.mean(task.weight * jnp.square(found - task.target))
 
     total, metrics = jnp.zeros(()), {}
     if causal:
-        first_text = jax.tree.map(lambda x: x[:, :causal], text)
-        past = _past(config, past_key, latents[:causal])
-        kept = clean_pass(generator, params, first_text, past)
-        context = ClipContext(kept.key, kept.value, jnp.ones(latents.shape[1]), generator.window)
-        found = velocity(generator, params, noisy[:causal], sigma[:causal], first_text, context)
-        metrics["loss_causal"] = jnp.mean(jnp.square(found - target[:causal]))
+        first, first_text = task.rows(slice(causal)), jax.tree.map(lambda x: x[:, :causal], text)
+        kept = clean_pass(generator, params, first_text, _past(config, past_key, first.clean))
+        context = ClipContext(kept.key, kept.value, jnp.ones(first.sigma.shape[1]), generator.window)
+        found = velocity(generator, params, first.noisy, first.sigma, first_text, context)
+        metrics["loss_causal"] = error(found, first)
         total += metrics["loss_causal"] * causal / size
     if causal < size:
-        later_text = jax.tree.map(lambda x: x[:, causal:], text)
-        found = velocity(generator, params, noisy[causal:], sigma[causal:, :1], later_text, None)
-        metrics["loss_bidirectional"] = jnp.mean(jnp.square(found - target[causal:]))
+        later, later_text = task.rows(slice(causal, size)), jax.tree.map(lambda x: x[:, causal:], text)
+        found = velocity(generator, params, later.noisy, later.sigma[:, :1], later_text, None)
+        metrics["loss_bidirectional"] = error(found, later)
         total += metrics["loss_bidirectional"] * (size - causal) / size
     return total, metrics if len(metrics) > 1 else {}
+
+
+@pytree
+class Task:
+    """What the transformer is asked for.
+
+    Attributes:
+      clean: `[B, F, h, w, C]`, what the past of a causal clip is made of.
+      noisy: `[B, F, h, w, C]`, what it sees.
+      sigma: `[B, F]`, the noise level of that.
+      target: `[B, F, h, w, C]`, the velocity it should find.
+      weight: `[B, F, 1, 1, 1]` of the squared error.
+    """
+
+    clean: Array
+    noisy: Array
+    sigma: Array
+    target: Array
+    weight: Array
+
+    def rows(self, chosen: slice) -> "Task":
+        """The same for some of the clips."""
+        return jax.tree.map(lambda x: x[chosen], self)
+
+
+def task_of(
+    config: FlowTraining,
+    generator: Generator,
+    batch: dict[str, Array],
+    *,
+    level_key: PRNGKey,
+    noise_key: PRNGKey,
+) -> Task:
+    """Flow matching for a batch of `encoded_clips`, ODE regression for one of `trajectories`."""
+    if trajectories_lib.NAME in batch:
+        return _regression(generator, level_key, batch[trajectories_lib.NAME])
+    return _matching(config, generator, batch[latents_lib.NAME], level_key=level_key, noise_key=noise_key)
+
+
+def _matching(
+    config: FlowTraining, generator: Generator, latents: Array, *, level_key: PRNGKey, noise_key: PRNGKey
+) -> Task:
+    """Clips `[B, F, h, w, C]` under noise of random levels, and the velocity of that noise."""
+    size, frames = latents.shape[:2]
+    block, causal = generator.window.block_frames, round(size * config.flow.causal_share)
+    sigma = _noise_levels(config, level_key, (size, frames), block=block, causal=causal)
+    noise = jax.random.normal(noise_key, latents.shape)
+    wide = sigma[:, :, None, None, None]
+    noisy = (1 - wide) * latents + wide * noise
+    return Task(clean=latents, noisy=noisy, sigma=sigma, target=noise - latents, weight=jnp.ones_like(wide))
+
+
+def _regression(generator: Generator, key: PRNGKey, states: Array) -> Task:
+    """States `[B, F, K + 1, h, w, C]` of trajectories: for every block one of the first K, and their end.
+
+    The velocity that leads from a state straight to the end is asked for; an error in it, times sigma, is the
+    error of x0.
+    """
+    size, frames = states.shape[:2]
+    block = generator.window.block_frames
+    sigmas = jnp.asarray(few_step_table(generator.sampler).sigmas)  # [K]
+    steps = jax.random.randint(key, (size, frames // block), 0, sigmas.size)
+    steps = jnp.repeat(steps, block, axis=1)  # [B, F]
+    noisy = jnp.take_along_axis(states, steps[:, :, None, None, None, None], axis=2)[:, :, 0]
+    sigma, clean = sigmas[steps], states[:, :, -1]
+    wide = sigma[:, :, None, None, None]
+    return Task(clean=clean, noisy=noisy, sigma=sigma, target=(noisy - clean) / wide, weight=jnp.square(wide))
 
 
 def _noise_levels(
@@ -241,34 +354,16 @@ def clean_pass(generator: Generator, params: Params, text: TextContext, latents:
     return jax.lax.stop_gradient(jax.tree.map(joined, own))
 
 
-def evaluator(config: FlowTraining, frozen: Frozen, sample: Any) -> Evaluator:
-    """Samples clips of unseen combinations.
-
-    Args:
-      config: of the stage.
-      frozen: its frozen parts.
-      sample: `sampling.bidirectional` or `sampling.causal`.
-    """
-    model, flow, settings = frozen.model, config.flow, config.evaluation
+def evaluator(config: FlowTraining, frozen: Frozen, sample: Sample) -> Evaluator:
+    """Samples clips of unseen combinations."""
+    model, settings = frozen.model, config.evaluation
     scenes = worlds.held_out_scenes(worlds.world_of(model), clips=settings.clips, seed=settings.seed)
     captions = np.asarray(frozen.captions)
-    size = model.latent_size(model.video.height, model.video.width)
-    # On one device, unlike the generator under training.
-    generator = dataclasses.replace(frozen.generator, transformer=transformer_of(model))
+    generator, shape = frozen.local_generator, (settings.frames, *frozen.latent_shape)
 
     def latents(params: Params, text: Array, seeds: Array) -> Array:
-        empty = None if flow.guidance == 1 else jnp.broadcast_to(captions[-1], text.shape)
-        result: Array = sample(
-            generator,
-            params,
-            sampling.Prompts(text, empty),
-            seeds,
-            shape=(settings.frames, *size, model.vae.z_dim),
-            steps=flow.sample_steps,
-            shift=flow.shift,
-            guidance=flow.guidance,
-        )
-        return result
+        prompts = solver(config).prompts(text, captions[-1])
+        return sample(generator, params, prompts, seeds, shape=shape)
 
     text = captions[worlds.caption_rows(scenes.codes, scenes.template)]
     return Evaluator(settings, model, frozen.vae_params, latents, text, scenes.codes)

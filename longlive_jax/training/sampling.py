@@ -1,9 +1,11 @@
-"""Many-step samplers of models that are not distilled yet: what the evaluations of training look at.
+"""Samplers of models under training: what evaluations look at, and what trajectories are solved with.
 
-Euler steps along the flow, of a whole clip at once (teacher) or block by block over the cache
-(causal student), with guidance by the unprompted prediction.
+Models that are not distilled yet take Euler steps along the flow, of a whole clip at once (teacher) or block
+by block over the cache (causal student), with guidance by the unprompted prediction. A student that
+knows its few denoising steps only is rolled out as at inference.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,7 +14,7 @@ import numpy as np
 
 from longlive_jax import cache as cache_lib
 from longlive_jax.diffusion import noise as noise_lib
-from longlive_jax.diffusion.schedule import NUM_TIMESTEPS, shift_sigma
+from longlive_jax.diffusion.schedule import NUM_TIMESTEPS, few_step_table, shift_sigma
 from longlive_jax.inference.rollout import Generator
 from longlive_jax.models.transformer import TextContext
 from longlive_jax.types import Array, Params, pytree
@@ -26,6 +28,30 @@ class Prompts:
     empty: Array | None
 
 
+@dataclasses.dataclass(frozen=True)
+class Solver:
+    """Euler steps along the flow.
+
+    Attributes:
+      steps: how many.
+      shift: timestep shift of their spacing.
+      guidance: scale of the guidance by the unprompted prediction; 1 is none.
+    """
+
+    steps: int
+    shift: float
+    guidance: float = 1.0
+
+    @property
+    def sigmas(self) -> np.ndarray:
+        """float32 `[steps + 1]`, from 1 to 0."""
+        return np.asarray(shift_sigma(np.linspace(1.0, 0.0, self.steps + 1), self.shift), np.float32)
+
+    def prompts(self, text: Array, empty: Array) -> Prompts:
+        """Prompts `[B, M, text_dim]` beside the empty one `[M, text_dim]`, where guidance needs it."""
+        return Prompts(text, None if self.guidance == 1 else jnp.broadcast_to(empty, text.shape))
+
+
 def bidirectional(
     generator: Generator,
     params: Params,
@@ -33,9 +59,7 @@ def bidirectional(
     seeds: Array,
     *,
     shape: tuple[int, int, int, int],
-    steps: int,
-    shift: float,
-    guidance: float,
+    solver: Solver,
 ) -> Array:
     """Samples whole clips, all frames attending to each other.
 
@@ -45,21 +69,46 @@ def bidirectional(
       prompts: what to show.
       seeds: uint32 `[B]`.
       shape: (F, h, w, C).
-      steps: Euler steps.
-      shift: timestep shift of their spacing.
-      guidance: 1 is none.
+      solver: steps and guidance.
 
     Returns:
       `[B, F, h, w, C]` float32.
     """
-    positions = jnp.arange(shape[0], dtype=jnp.int32)
-    text = _contexts(generator, params, prompts)
+    velocity, noise = _whole_clips(generator, params, prompts, seeds, shape, solver)
+    return _euler(velocity, noise, solver)[0]
 
-    def velocity(noisy: Array, timestep: Array, index: int) -> Array:
-        return generator.velocity(params, noisy, timestep, text[index], positions, None)[0]
 
-    noise = generator.noise(seeds, positions, jnp.int32(noise_lib.INITIAL_STEP), shape[1:])
-    return _euler(_guided(velocity, prompts, guidance), noise, steps=steps, shift=shift)
+def trajectories(
+    generator: Generator,
+    params: Params,
+    prompts: Prompts,
+    seeds: Array,
+    *,
+    shape: tuple[int, int, int, int],
+    solver: Solver,
+) -> Array:
+    """The way to the clips of `bidirectional` (which has the arguments): its states at the few-step levels.
+
+    Returns:
+      `[B, F, K + 1, h, w, C]` float32: states at the K noise levels of `generator.sampler`, and the clips.
+    """
+    velocity, noise = _whole_clips(generator, params, prompts, seeds, shape, solver)
+    clips, kept = _euler(velocity, noise, solver, keep=few_step_table(generator.sampler).sigmas)
+    return jnp.moveaxis(jnp.concatenate([kept, clips[None]]), 0, 2)
+
+
+def few_step(
+    generator: Generator,
+    params: Params,
+    prompts: Prompts,
+    seeds: Array,
+    *,
+    shape: tuple[int, int, int, int],
+) -> Array:
+    """Samples clips as inference does, in the few steps of `generator.sampler` and without guidance."""
+    frames, height, width, _ = shape
+    state = generator.init(params, prompts.text, seeds, latent_size=(height, width), total_frames=frames)
+    return generator.rollout(params, state, frames // generator.window.block_frames)[1]
 
 
 def causal(
@@ -69,9 +118,7 @@ def causal(
     seeds: Array,
     *,
     shape: tuple[int, int, int, int],
-    steps: int,
-    shift: float,
-    guidance: float,
+    solver: Solver,
 ) -> Array:
     """Samples clips block by block, as `Generator.rollout` does but with Euler steps; see `bidirectional`.
 
@@ -101,7 +148,7 @@ def causal(
             return generator.velocity(params, noisy, timestep, text[index], positions, context)[0]
 
         noise = generator.noise(seeds, positions, jnp.int32(noise_lib.INITIAL_STEP), shape[1:])
-        latents = _euler(_guided(velocity, prompts, guidance), noise, steps=steps, shift=shift)
+        latents, _ = _euler(_guided(velocity, prompts, solver.guidance), noise, solver)
         own = [
             generator.context_pass(params, t, latents, positions, cache_lib.context(cache))
             for t, cache in zip(text, caches, strict=True)
@@ -111,6 +158,25 @@ def causal(
     _, latents = jax.lax.scan(one_block, caches, jnp.arange(0, frames, block, dtype=jnp.int32))
     latents = latents.swapaxes(0, 1)  # [B, blocks, n, h, w, C]
     return latents.reshape(seeds.shape[0], -1, *shape[1:])
+
+
+def _whole_clips(
+    generator: Generator,
+    params: Params,
+    prompts: Prompts,
+    seeds: Array,
+    shape: tuple[int, int, int, int],
+    solver: Solver,
+) -> tuple[Callable[[Array, Array], Array], Array]:
+    """The velocity field of whole clips, and the noise they begin with."""
+    positions = jnp.arange(shape[0], dtype=jnp.int32)
+    text = _contexts(generator, params, prompts)
+
+    def velocity(noisy: Array, timestep: Array, index: int) -> Array:
+        return generator.velocity(params, noisy, timestep, text[index], positions, None)[0]
+
+    noise = generator.noise(seeds, positions, jnp.int32(noise_lib.INITIAL_STEP), shape[1:])
+    return _guided(velocity, prompts, solver.guidance), noise
 
 
 def _contexts(generator: Generator, params: Params, prompts: Prompts) -> tuple[TextContext, ...]:
@@ -131,11 +197,35 @@ def _guided(
     return guided
 
 
-def _euler(velocity: Callable[[Array, Array], Array], noise: Array, *, steps: int, shift: float) -> Array:
-    sigmas = np.asarray(shift_sigma(np.linspace(1.0, 0.0, steps + 1), shift), np.float32)
+def _euler(
+    velocity: Callable[[Array, Array], Array],
+    noise: Array,
+    solver: Solver,
+    *,
+    keep: np.ndarray | None = None,
+) -> tuple[Array, Array]:
+    """Follows the flow from noise to its end.
 
-    def one(noisy: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, following = pair
-        return noisy + (following - sigma) * velocity(noisy, sigma * NUM_TIMESTEPS), None
+    Args:
+      velocity: of (noisy, timestep).
+      noise: `[B, ...]`, at sigma 1.
+      solver: its steps.
+      keep: float32 `[K]`, noise levels in (0, 1] at which the state is kept. An Euler step is a straight
+        line, so a level inside of one has a state on the solver's own way.
 
-    return jax.lax.scan(one, noise, (jnp.asarray(sigmas[:-1]), jnp.asarray(sigmas[1:])))[0]
+    Returns:
+      The end `[B, ...]`, and the states kept `[K, B, ...]`.
+    """
+    levels = jnp.asarray(() if keep is None else keep, jnp.float32)
+
+    def one(carry: tuple[Array, Array], pair: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        (noisy, kept), (sigma, following) = carry, pair
+        slope = velocity(noisy, sigma * NUM_TIMESTEPS)
+        ahead = (levels - sigma).reshape(-1, *(1,) * noise.ndim)  # [K, 1, ...]
+        is_passed = ((levels <= sigma) & (levels > following)).reshape(ahead.shape)
+        kept = jnp.where(is_passed, noisy + ahead * slope, kept)
+        return (noisy + (following - sigma) * slope, kept), None
+
+    sigmas = jnp.asarray(solver.sigmas)
+    start = (noise, jnp.zeros((levels.size, *noise.shape), noise.dtype))
+    return jax.lax.scan(one, start, (sigmas[:-1], sigmas[1:]))[0]

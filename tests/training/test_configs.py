@@ -89,6 +89,10 @@ def test_changes_come_after_smoke():
         ("teacher_1", {"flow.text_dropout": "2"}, r"flow.text_dropout=2.0 must be in \[0, 1\]"),
         ("teacher_1", {"flow.causal_share": "0.01"}, "whole number of clips"),
         ("causal_init", {"data.frames": "10"}, "multiple of model.window.block_frames=3"),
+        ("causal_init", {"flow.method": "ode"}, "flow.text_dropout=0.1 must be 0 with flow.method=ode"),
+        ("causal_ode", {"flow.encoded_frames": "21"}, "flow.encoded_frames=21 must be 0 with"),
+        ("causal_ode", {"flow.causal_share": "0.5"}, "flow.causal_share=0.5 must be 1 with"),
+        ("causal_ode", {"flow.method": "dmd"}, "flow.method='dmd' must be"),
         ("teacher_2", {"data.frames": "24"}, "at least data.frames=24"),
     ],
 )

@@ -49,6 +49,7 @@ def board(folder):
         ("text", "text_encoder"),
         pytest.param("teacher_2", "transformer", marks=pytest.mark.slow),  # trained in test_two_processes
         ("causal_init", "transformer"),
+        ("causal_ode", "transformer"),
     ],
 )
 def test_a_smoke_run_overfits_and_exports(name, part, base, tmp_path):
@@ -78,25 +79,29 @@ def test_a_smoke_run_overfits_and_exports(name, part, base, tmp_path):
         assert board(tmp_path / "run") >= {"samples", "frames_per_second"}
 
 
-def test_killed_and_resumed_is_bit_identical(base, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("text", "text_encoder"), pytest.param("causal_ode", "transformer", marks=pytest.mark.slow)],
+)
+def test_killed_and_resumed_is_bit_identical(name, part, base, tmp_path):
     """kill -9 somewhere between two checkpoints, then --resume auto."""
     changes = {"run__steps": 14, "run__checkpoint_every": 3}
-    stages.train(smoke("text", base, tmp_path / "whole", **changes), is_quiet=True)
+    stages.train(smoke(name, base, tmp_path / "whole", **changes), is_quiet=True)
 
     folder = tmp_path / "killed"
-    with started([_runs.words("text", base, folder, **changes)], tmp_path) as running:
+    with started([_runs.words(name, base, folder, **changes)], tmp_path) as running:
         wait_for_losses(folder, 7, running)
         running[0].kill()
         running[0].wait()
-    report = stages.train(smoke("text", base, folder, **changes), resume="auto", is_quiet=True)
+    report = stages.train(smoke(name, base, folder, **changes), resume="auto", is_quiet=True)
     assert 3 <= report["resumed_at"] < 14
     assert losses(folder) == losses(tmp_path / "whole")
 
     # Killed again, after the last checkpoint and before the export: there is no step left to make.
     shutil.rmtree(folder / "export")
-    again = stages.train(smoke("text", base, folder, **changes), resume="auto", is_quiet=True)
+    again = stages.train(smoke(name, base, folder, **changes), resume="auto", is_quiet=True)
     assert again["scores"] == report["scores"]
-    assert "text_encoder" in checkpoint.open_checkpoint(folder / "export").parts
+    assert part in checkpoint.open_checkpoint(folder / "export").parts
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
@@ -157,14 +162,21 @@ def test_nothing_is_compiled_after_the_first_steps(base, tmp_path):
     assert len(set(counts[2:-1])) == 1  # the evaluation at the end has programs of its own
 
 
-@pytest.mark.parametrize("causal_share", [0.0, pytest.param(0.5, marks=pytest.mark.slow)])
-def test_eight_devices_train_like_one(causal_share, base, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "causal_share", "clips_of"),
+    [
+        ("teacher_2", 0.0, flow.encoded_clips),
+        pytest.param("teacher_2", 0.5, flow.encoded_clips, marks=pytest.mark.slow),
+        pytest.param("causal_ode", 1.0, flow.trajectories, marks=pytest.mark.slow),
+    ],
+)
+def test_eight_devices_train_like_one(name, causal_share, clips_of, base, tmp_path):
     """Losses agree to 1e-5 relative: sums over the batch are taken in another order."""
-    config = smoke("teacher_2", base, tmp_path / "run", flow__causal_share=causal_share)
+    config = smoke(name, base, tmp_path / "run", flow__causal_share=causal_share)
 
     def run(mesh):
         frozen = flow.load_frozen(config, mesh)
-        clips = flow.encoded_clips(config, frozen)
+        clips = clips_of(config, frozen)
         step = jax.jit(functools.partial(flow.train_step, config, frozen.generator), donate_argnums=0)
         state, seen = flow.init(config, frozen, mesh), []
         for _ in range(2):

@@ -1,5 +1,6 @@
 """Stage `teacher`: the bidirectional model, by flow matching; short clips first, then long ones."""
 
+import functools
 from typing import Any
 
 from longlive_jax.training import flow, flow_loop, sampling
@@ -10,5 +11,10 @@ from longlive_jax.training.loop import Resume
 def train(config: TeacherTraining, *, resume: Resume = "never", is_quiet: bool = False) -> dict[str, Any]:
     """See `flow_loop.train`."""
     return flow_loop.train(
-        config, needs=flow.NEEDS, sample=sampling.bidirectional, resume=resume, is_quiet=is_quiet
+        config,
+        needs=flow.NEEDS,
+        clips=flow.encoded_clips,
+        sample=functools.partial(sampling.bidirectional, solver=flow.solver(config)),
+        resume=resume,
+        is_quiet=is_quiet,
     )
