@@ -1,0 +1,343 @@
+"""The page in Chromium: what a person does, and what the toy's measurement reads off the canvas."""
+
+import base64
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+
+import numpy as np
+import pytest
+
+from longlive_jax.video import read_video
+from tests.serve import drawn
+from tests.serve.conftest import CONFIG, served, wait_for
+from tests.serve.drawn import BLUE, GREEN, RED, DrawnSession
+
+pytestmark = pytest.mark.slow
+_TOKEN = "a token of the tests"
+_PIXELS = """
+const canvas = document.getElementById(arguments[0]);
+const {width, height} = canvas;
+const data = canvas.getContext("2d").getImageData(0, 0, width, height).data;
+return [width, height, btoa(String.fromCharCode(...data))];
+"""
+
+
+class Page:
+    """One browser on a studio."""
+
+    def __init__(self, driver) -> None:
+        self.driver = driver
+
+    def go(self, address: str) -> None:
+        self.driver.get(address)
+
+    def script(self, text: str, *arguments):
+        return self.driver.execute_script(text, *arguments)
+
+    def one(self, selector: str):
+        from selenium.webdriver.common.by import By
+
+        return self.driver.find_element(By.CSS_SELECTOR, selector)
+
+    def text(self, selector: str) -> str:
+        return self.script("return document.querySelector(arguments[0]).textContent", selector)
+
+    def click(self, selector: str) -> None:
+        """Clicks what can be seen, after scrolling to it."""
+        element = wait_for(lambda: (found := self.one(selector)).is_enabled() and found)
+        self.script("arguments[0].scrollIntoView({block: 'center'})", element)
+        element.click()
+
+    def press(self, *keys: str) -> None:
+        """Keys for the page, wherever the focus is not in a field."""
+        from selenium.webdriver import ActionChains
+
+        self.script("document.activeElement.blur()")
+        ActionChains(self.driver).send_keys(*keys).perform()
+
+    def type(self, selector: str, text: str) -> None:
+        from selenium.webdriver.common.keys import Keys
+
+        wait_for(lambda: self.one(selector).is_enabled())
+        self.one(selector).send_keys(text, Keys.ENTER)
+
+    def open(self, address: str, prompt: str = RED) -> None:
+        """Opens a session and waits for its picture."""
+        self.go(address)
+        wait_for(lambda: self.one("#first").is_displayed())
+        self.type("#first", prompt)
+        wait_for(lambda: self.studio("painted") > 3)
+
+    def studio(self, name: str):
+        """A number the page keeps."""
+        return self.script("return window.studio[arguments[0]]", name)
+
+    def colour(self, canvas: str = "screen-0") -> str:
+        """The colour of the sprite on a canvas."""
+        width, height, data = self.script(_PIXELS, canvas)
+        pixels = np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)[..., :3]
+        return drawn.colour_of(pixels)
+
+    def shows(self, colour: str, canvas: str = "screen-0") -> bool:
+        return wait_for(lambda: self.colour(canvas) == colour)
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def start_browser(downloads):
+    """Starts browsers that are closed at the end."""
+    from selenium import webdriver
+
+    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    assert chromium, "these tests drive Chromium; apt-get install chromium chromium-driver"
+    assert driver, "these tests drive Chromium; apt-get install chromium-driver"
+    started = []
+
+    def start(width: int = 1366, height: int = 900, *, is_phone: bool = False) -> Page:
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+            options.add_argument(f"--{argument}")
+        options.add_argument(f"--window-size={width},{height}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+        if is_phone:
+            metrics = {"width": width, "height": height, "pixelRatio": 2}
+            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
+        page = Page(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
+        started.append(page)
+        return page
+
+    yield start
+    for page in started:
+        page.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(start_browser) -> Page:
+    return start_browser()
+
+
+@pytest.fixture
+def page(browser):
+    """The browser; the page must not have complained."""
+    browser.driver.get_log("browser")
+    yield browser
+    expected = ("WebSocket", "status of 401", "ERR_CONNECTION_REFUSED")  # studios come and go here
+    log = browser.driver.get_log("browser")
+    complaints = [
+        e for e in log if e["level"] == "SEVERE" and not any(word in e["message"] for word in expected)
+    ]
+    browser.go("about:blank")
+    assert not complaints
+
+
+@pytest.fixture
+def studio(monkeypatch):
+    monkeypatch.setattr(DrawnSession, "seconds", 0.05)
+    with served(dataclasses.replace(CONFIG, port=0, pace="real", grace_seconds=3.0)) as running:
+        yield running
+
+
+def test_a_typed_prompt_changes_the_picture(page, studio):
+    page.open(studio.address)
+    assert page.shows("red")
+    assert page.text("#badge") == "LIVE"
+    page.type("#prompt", BLUE)
+    assert page.shows("blue")
+    wait_for(lambda: page.text("#latency").endswith(" s"))
+    assert 0 < float(page.text("#latency").split()[0]) < 10
+    wait_for(lambda: page.text("#fps")[0].isdigit() and float(page.text("#fps")) > 5)
+    assert page.one("#caption").text == BLUE
+    suggestions = wait_for(
+        lambda: page.script("return [...document.querySelectorAll('#next button')].map(b => b.textContent)")
+    )
+    page.click("#next button")
+    wait_for(lambda: page.text("#caption") == suggestions[0])
+    assert page.studio("missed") == 0
+
+
+def test_scrub_play_and_branch_by_mouse(page, studio):
+    from selenium.webdriver import ActionChains
+
+    page.open(studio.address)
+    page.type("#prompt", BLUE)
+    assert page.shows("blue")
+    wait_for(lambda: int(page.one("#track").get_attribute("aria-valuemax")) >= 6)
+    track = page.one("#track")
+    ActionChains(page.driver).move_to_element_with_offset(
+        track, 10 - track.size["width"] // 2, -20
+    ).click().perform()
+    wait_for(lambda: page.text("#badge") == "REPLAY")
+    assert page.shows("red")
+    thumbs = page.script(
+        "return [...document.querySelectorAll('#thumbs img')].filter(i => i.naturalWidth).length"
+    )
+    assert thumbs >= 3
+    page.click("#play")  # the past plays
+    begin = page.text("#clock")
+    wait_for(lambda: page.text("#clock") != begin)
+    page.click("#play")
+    page.type("#prompt", GREEN)
+    wait_for(lambda: page.text("#badge") == "LIVE")
+    assert page.shows("green")
+    assert page.script("return [...document.querySelectorAll('#takes button')].map(b => b.textContent)") == [
+        "Take 1",
+        "Take 2",
+    ]
+    page.click("#takes button")  # the first take is still there
+    assert page.shows("blue")
+    page.click("#branch")
+    wait_for(lambda: page.text("#badge") == "LIVE")
+    assert page.shows("blue")
+
+
+def test_everything_goes_by_keyboard(page, studio):
+    from selenium.webdriver.common.keys import Keys
+
+    page.go(studio.address)
+    wait_for(lambda: page.one("#first").is_displayed())
+    page.press("/")
+    page.driver.switch_to.active_element.send_keys(RED, Keys.ENTER)
+    wait_for(lambda: page.studio("painted") > 3)
+    page.press("/")
+    page.driver.switch_to.active_element.send_keys(BLUE, Keys.ENTER)
+    assert page.shows("blue")
+    page.press(" ")
+    wait_for(lambda: page.text("#badge") == "PAUSED")
+    page.press(Keys.HOME)
+    wait_for(lambda: page.text("#badge") == "REPLAY")
+    assert page.shows("red")
+    assert page.text("#clock") == "0:00.0"
+    page.press(Keys.ARROW_RIGHT)
+    wait_for(lambda: page.text("#clock") == "0:00.1")
+    page.press("l")
+    wait_for(lambda: page.text("#badge") == "PAUSED")
+    page.press(" ")
+    wait_for(lambda: page.text("#badge") == "LIVE")
+    page.press("4")
+    wait_for(lambda: page.one("[data-policy=flush]").get_attribute("aria-checked") == "true")
+    page.press("?")
+    assert page.one("#keys").is_displayed()
+    page.press(Keys.ESCAPE)
+    wait_for(lambda: not page.one("#keys").is_displayed())
+
+
+def test_two_sides_are_shown_and_one_is_kept(page, studio):
+    page.open(studio.address)
+    page.one("#prompt").send_keys(BLUE)
+    page.click("#compare")
+    wait_for(lambda: page.one("#screen-2").is_displayed())
+    assert [page.text(f"#side-{side}") for side in (1, 2)] == ["recache", "keep"]
+    page.shows("blue", "screen-1")
+    page.shows("blue", "screen-2")
+    page.click("[data-side=right]")
+    wait_for(lambda: page.one("#screen-0").is_displayed())
+    assert page.shows("blue")
+    wait_for(lambda: page.one("[data-policy=keep]").get_attribute("aria-checked") == "true")
+
+
+def test_downloads_arrive(page, studio, downloads):
+    page.open(studio.address)
+    page.type("#prompt", BLUE)
+    assert page.shows("blue")
+    wait_for(lambda: int(page.one("#track").get_attribute("aria-valuemax")) >= 5)
+    page.click("#mp4")
+    path = wait_for(lambda: next(iter(downloads.glob("*.mp4")), None))
+    frames = read_video(path)
+    assert (drawn.colour_of(frames[0]), drawn.colour_of(frames[-1])) == ("red", "blue")
+    page.click("#file")
+    path = wait_for(lambda: next(iter(downloads.glob("*.json")), None))
+    assert [event["prompt"] for event in json.loads(path.read_text())["events"]] == [BLUE]
+    page.one("#upload").send_keys(str(path))
+    wait_for(lambda: "Session file" in page.text("#takes"))
+    page.shows("red")
+    page.shows("blue")
+
+
+def test_a_dropped_socket_comes_back(page, studio):
+    page.open(studio.address)
+    room = page.script("return location.hash")
+    page.script("window.studio.drop()")
+    wait_for(lambda: page.one("#link").get_attribute("class") == "dot off")
+    wait_for(lambda: page.one("#link").get_attribute("class") == "dot")
+    painted = page.studio("painted")
+    wait_for(lambda: page.studio("painted") > painted + 5)
+    assert page.script("return location.hash") == room
+    assert page.text("#control") == "In control"
+    page.driver.refresh()  # so does the whole page
+    wait_for(lambda: page.script("return window.studio?.painted ?? 0") > 5)
+    assert page.script("return location.hash") == room
+    assert page.text("#control") == "In control"
+
+
+def test_a_closed_browser_frees_its_session(page, studio):
+    page.open(studio.address)
+    assert studio.lobby.counts()["sessions"] == 1
+    page.go("about:blank")
+    wait_for(lambda: studio.lobby.counts() == {"sessions": 0, "sockets": 0, "waiting": 0})
+
+
+def test_a_failure_is_shown_and_restarts(page, studio):
+    page.open(studio.address)
+    DrawnSession.failing.set()
+    wait_for(lambda: page.one("#restart").is_displayed())
+    assert "on purpose" in page.text("#cover-text")
+    DrawnSession.failing.clear()
+    page.click("#restart")
+    wait_for(lambda: not page.one("#cover").is_displayed())
+    assert page.shows("red")
+
+
+def test_a_phone_watches_and_takes_over(page, studio, start_browser):
+    page.open(studio.address)
+    phone = start_browser(390, 844, is_phone=True)
+    phone.go(page.script("return location.href"))
+    wait_for(lambda: phone.studio("painted") > 3)
+    assert not phone.one("#prompt").is_enabled()
+    assert phone.script("return document.documentElement.scrollWidth") <= 390
+    for name in ("#screen-0", "#prompt", "#track"):
+        box = phone.one(name).rect
+        assert box["x"] >= 0, name
+        assert box["x"] + box["width"] <= 390, name
+        assert box["y"] + box["height"] <= 844, name
+    phone.click("#control")
+    wait_for(lambda: "asks for control" in page.text("#control"))
+    page.click("#control")
+    wait_for(lambda: phone.one("#prompt").is_enabled())
+    assert not page.one("#prompt").is_enabled()
+    phone.type("#prompt", GREEN)
+    assert page.shows("green")
+    assert phone.shows("green")
+
+
+def test_the_queue_is_seen_and_moves(page, studio, start_browser):
+    other = start_browser()
+    page.open(studio.address)
+    other.go(studio.address)
+    wait_for(lambda: other.one("#rooms button").is_displayed())
+    other.type("#first", GREEN)
+    wait_for(lambda: "You are next" in other.text("#place"))
+    page.click("#leave")
+    assert other.shows("green")
+    assert "off-limits" not in other.one("#ask").get_attribute("class")
+
+
+def test_the_door_asks_for_the_token(page):
+    config = dataclasses.replace(CONFIG, port=0, token=_TOKEN)
+    with served(config) as studio:
+        page.go(studio.address)
+        page.type("#token", "not this one")
+        wait_for(lambda: page.driver.current_url.endswith("/login"))
+        time.sleep(0.2)
+        page.type("#token", _TOKEN)
+        wait_for(lambda: page.one("#first").is_displayed())
+        page.type("#first", RED)
+        assert page.shows("red")
