@@ -1,0 +1,1 @@
+"""Inference in 8 bits: recipes, the quantised transformer, quantised checkpoints, error tables."""
