@@ -1,0 +1,26 @@
+"""LongLive as released: videos of 30 s, one prompt each.
+
+longlive generate --config configs/wan/inference.py
+"""
+
+from longlive_jax.inference.generation import Generation
+
+
+def get_config() -> Generation:
+    return Generation(
+        checkpoint="checkpoints/longlive-1.3b",
+        prompts="prompts/vidprom_filtered_extended.txt",
+        frames=120,
+        seed=0,
+        weights="transformer",
+        settings={
+            "window.window_frames": 12,
+            "window.sink_frames": 3,
+            "window.block_frames": 3,
+            "sampler.steps": (1000, 750, 500, 250),
+            "sampler.warp_steps": True,
+            "sampler.shift": 5.0,
+            "sampler.context_noise": 0.0,
+            "switch.keep_sink": True,
+        },
+    )
