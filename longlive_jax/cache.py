@@ -9,22 +9,36 @@ Frame i of a cache that started at frame 0 lives in slot i while i < sink_frames
 `sink + (i - sink) mod (slots - sink)` from then on. This holds for any window, sink and block. The ring
 counts from `ring_start`, which is the frame after the sink until a `flush` or a `resize` drops frames
 between the two.
+
+Keys and values may be kept in 8 bits, sink and ring alike: a `Quantized` then stands where an array
+stands otherwise, its leaves moved about by the same code. Attention makes them dense again, one layer at a
+time.
 """
 
 import dataclasses
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from longlive_jax.config import TransformerConfig, WindowConfig
+from longlive_jax.config import CacheDType, TransformerConfig, WindowConfig
 from longlive_jax.models import rope
 from longlive_jax.ops.windowed_attention import CachedContext
+from longlive_jax.quantize import numerics
+from longlive_jax.quantize.numerics import Quantized
 from longlive_jax.types import Array, pytree, static
+
+_Frames = TypeVar("_Frames", bound=Array | Quantized)
+"""Keys or values of frames, `[L, B, F, P, N, H]`, in either form."""
 
 
 @pytree
 class BlockKV:
-    """Self-attention keys (rotated) and values of the frames of one call, `[L, B, F, P, N, H]`."""
+    """Self-attention keys (rotated) and values of some frames, `[L, B, F, P, N, H]`.
+
+    Those of a call are arrays. Those read from a cache are in its own form, a `Quantized` where that is of 8
+    bits; nothing but the functions of this module sees these.
+    """
 
     key: Array
     value: Array
@@ -45,9 +59,9 @@ class KVCache:
       window: the geometry (static).
     """
 
-    key: Array
-    value: Array
-    sink_key: Array | None
+    key: Array | Quantized
+    value: Array | Quantized
+    sink_key: Array | Quantized | None
     start: Array
     ring_start: Array
     end: Array
@@ -83,6 +97,7 @@ def init(
     frame_len: int,
     dtype: jnp.dtype,
     total_frames: int | None = None,
+    storage: CacheDType = "same",
 ) -> KVCache:
     """An empty cache.
 
@@ -93,6 +108,7 @@ def init(
       frame_len: P, tokens of one latent frame.
       dtype: of keys and values.
       total_frames: length of the video; needed only where the window keeps everything.
+      storage: whether they are kept in that or in 8 bits.
 
     Returns:
       A `KVCache` of `window.cache_frames(total_frames)` slots.
@@ -101,10 +117,16 @@ def init(
     shape = (config.num_layers, batch, slots, frame_len, config.num_heads, config.head_dim)
     sink_shape = (*shape[:2], min(window.sink_frames, slots), *shape[3:])
     has_moving_sink = window.rope == "relative" and window.is_bounded and sink_shape[2] > 0
+
+    def empty(shape: tuple[int, ...], *, centred: bool) -> Array | Quantized:
+        if storage == "same":
+            return jnp.zeros(shape, dtype)
+        return numerics.empty_tokens(shape, storage, centred=centred)
+
     return KVCache(
-        key=jnp.zeros(shape, dtype),
-        value=jnp.zeros(shape, dtype),
-        sink_key=jnp.zeros(sink_shape, dtype) if has_moving_sink else None,
+        key=empty(shape, centred=True),
+        value=empty(shape, centred=False),
+        sink_key=empty(sink_shape, centred=True) if has_moving_sink else None,
         start=jnp.zeros(batch, jnp.int32),
         ring_start=jnp.full(batch, sink_shape[2], jnp.int32),
         end=jnp.zeros(batch, jnp.int32),
@@ -153,11 +175,12 @@ def write(cache: KVCache, own: BlockKV, first: Array) -> KVCache:
     slots = slot_of(cache, first[:, None] + jnp.arange(frames), end=end)
     sink_key = cache.sink_key
     if sink_key is not None:
-        sink_key = _store(sink_key, own.key, jnp.where(slots < cache.sink_slots, slots, cache.sink_slots))
+        in_sink = jnp.where(slots < cache.sink_slots, slots, cache.sink_slots)
+        sink_key = _store(sink_key, _in_form_of(sink_key, own.key), in_sink)
     return dataclasses.replace(
         cache,
-        key=_store(cache.key, own.key, slots),
-        value=_store(cache.value, own.value, slots),
+        key=_store(cache.key, _in_form_of(cache.key, own.key), slots),
+        value=_store(cache.value, _in_form_of(cache.value, own.value), slots),
         sink_key=sink_key,
         end=end,
     )
@@ -217,11 +240,15 @@ def resize(cache: KVCache, window: WindowConfig) -> KVCache:
         [cache.start[:, None] + jnp.arange(sink), ring_start[:, None] + jnp.arange(slots - sink)], axis=1
     )
     moved = frames_at(cache, positions)
-    sink_key = (cache.key if cache.sink_key is None else cache.sink_key)[:, :, :sink]
+    sink_key = _leading(cache.key if cache.sink_key is None else cache.sink_key, sink)
+
+    def joined(sink_part: Array, part: Array) -> Array:
+        return jnp.concatenate([sink_part, part[:, :, sink:]], axis=2)
+
     return KVCache(
-        key=jnp.concatenate([sink_key, moved.key[:, :, sink:]], axis=2),
+        key=jax.tree.map(joined, sink_key, moved.key),
         value=moved.value,
-        sink_key=jnp.copy(sink_key) if window.rope == "relative" and sink > 0 else None,
+        sink_key=jax.tree.map(jnp.copy, sink_key) if window.rope == "relative" and sink > 0 else None,
         start=cache.start,
         ring_start=ring_start,
         end=cache.end,
@@ -233,7 +260,11 @@ def frames_at(cache: KVCache, positions: Array) -> BlockKV:
     """Keys and values of the frames at `positions` `[B, F]`; what is not in the cache makes no sense."""
     slots = jnp.minimum(slot_of(cache, positions, end=cache.end), max(cache.slots - 1, 0))
     where = slots[None, :, :, None, None, None]
-    return BlockKV(*(jnp.take_along_axis(buffer, where, axis=2) for buffer in (cache.key, cache.value)))
+
+    def take(buffer: Array) -> Array:
+        return jnp.take_along_axis(buffer, where, axis=2)
+
+    return BlockKV(jax.tree.map(take, cache.key), jax.tree.map(take, cache.value))
 
 
 def place_sink(cache: KVCache, end: Array) -> KVCache:
@@ -252,8 +283,17 @@ def place_sink(cache: KVCache, end: Array) -> KVCache:
         return cache
     before_ring = cache.ring_start - cache.sink_slots
     behind = jnp.maximum(end - cache.window.window_frames, before_ring) - cache.start
-    moved = rope.shift_frames(cache.sink_key, behind)
-    return dataclasses.replace(cache, key=jax.lax.dynamic_update_slice_in_dim(cache.key, moved, 0, axis=2))
+    if isinstance(cache.sink_key, Quantized):
+        # From the keys as they were written, so that the rounding of one block is gone in the next.
+        turned = rope.shift_frames(cache.sink_key.dense(jnp.float32), behind)
+        moved: Array | Quantized = _in_form_of(cache.key, turned)
+    else:
+        moved = rope.shift_frames(cache.sink_key, behind)
+
+    def put(buffer: Array, new: Array) -> Array:
+        return jax.lax.dynamic_update_slice_in_dim(buffer, new, 0, axis=2)
+
+    return dataclasses.replace(cache, key=jax.tree.map(put, cache.key, moved))
 
 
 def context(cache: KVCache) -> CachedContext | None:
@@ -304,14 +344,35 @@ def _context(cache: KVCache, slots: int, length: Array) -> CachedContext | None:
         return None
     layers, batch, _, frame_len, heads, head_dim = cache.key.shape
 
-    def tokens(x: Array) -> Array:
+    def tokens(x: Array | Quantized) -> Array | Quantized:
+        if isinstance(x, Quantized):  # its frames stay apart: they have a centre each
+            return _leading(x, slots)
         return x[:, :, :slots].reshape(layers, batch, slots * frame_len, heads, head_dim)
 
     return CachedContext(tokens(cache.key), tokens(cache.value), length * frame_len)
 
 
-def _store(buffer: Array, new: Array, slots: Array) -> Array:
+def _leading(frames: _Frames, count: int) -> _Frames:
+    """The first `count` frames."""
+    return jax.tree.map(lambda x: x[:, :, :count], frames)
+
+
+def _in_form_of(buffer: Array | Quantized, new: Array | Quantized) -> Array | Quantized:
+    """Frames in the form that a buffer stores them in."""
+    if isinstance(buffer, Quantized) and not isinstance(new, Quantized):
+        kind = numerics.kind_of(buffer.values)
+        if kind is None:
+            raise ValueError(f"a cache of {buffer.values.dtype} is not one of 8 bits")
+        return numerics.quantize_tokens(new, kind, centred=buffer.centre is not None)
+    return new
+
+
+def _store(buffer: _Frames, new: _Frames, slots: Array) -> _Frames:
     """Writes frames `[L, B, F, ...]` to `slots` `[B, F]` of `[L, B, S, ...]`; slot S drops the frame."""
+    return jax.tree.map(lambda into, frames: _scatter(into, frames, slots), buffer, new)
+
+
+def _scatter(buffer: Array, new: Array, slots: Array) -> Array:
     if buffer.shape[2] == 0:
         return buffer
 

@@ -13,12 +13,16 @@ from typing import Any, Literal, TypeVar
 from longlive_jax.errors import UserError, require
 
 DType = Literal["bfloat16", "float32"]
-RopeMode = Literal["absolute", "relative"]
+RopeMode = Literal["absolute", "relative", "jittered"]
 SwitchPolicy = Literal["recache", "keep", "clear", "flush", "cut"]
 Prediction = Literal["v", "x0"]
 RematPolicy = Literal["none", "dots", "full"]
 """What a layer keeps for the backward pass: everything, matrix products only, or its input only."""
-AttentionImplementation = Literal["auto", "reference", "cudnn"]
+AttentionImplementation = Literal["auto", "reference", "cudnn", "pallas_mosaic_gpu"]
+Recipe = Literal["none", "int8", "int8-rotated", "int8-weight-only", "fp8", "fp8-weight-only"]
+"""How the transformer's linear layers are stored and multiplied; `longlive_jax.quantize.recipes`."""
+CacheDType = Literal["same", "int8", "fp8"]
+"""How keys and values are kept between blocks: as they are computed, or in 8 bits."""
 
 # Per-channel statistics of the released Wan2.1 VAE's latents (algorithm.md of the paper's release).
 WAN_LATENT_MEAN = (
@@ -206,7 +210,8 @@ class WindowConfig:
       window_frames: latent frames attended in all, sink and current block included; -1 keeps everything.
       sink_frames: first frames of the video that are never evicted.
       block_frames: frames generated together.
-      rope: "absolute" frame positions, or "relative" to the window (the release's infinite mode).
+      rope: "absolute" frame positions, "relative" to the window (the release's infinite mode), or "jittered":
+        absolute, with a rotary base of its own for every head, against the collapse onto the sink.
     """
 
     window_frames: int = 12
@@ -303,7 +308,8 @@ class PipelineConfig:
     """Everything that decides what a prompt becomes, apart from the weights and the seed.
 
     `dtype` is the precision of the matrix products and activations; parameters keep the precision
-    they are stored in.
+    they are stored in. `quantization` says which of the transformer's layers are 8-bit numbers, and
+    `cache_dtype` whether the keys and values of earlier blocks are.
     """
 
     name: str
@@ -316,6 +322,8 @@ class PipelineConfig:
     video: VideoConfig = VideoConfig()
     dtype: DType = "bfloat16"
     attention: AttentionImplementation = "auto"
+    quantization: Recipe = "none"
+    cache_dtype: CacheDType = "same"
 
     def __post_init__(self) -> None:
         transformer, text = self.transformer, self.text_encoder

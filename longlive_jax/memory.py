@@ -156,6 +156,8 @@ def cache_bytes(
 ) -> int:
     """Bytes of the keys and values: 2 L B S P D itemsize (and a second copy of a travelling sink's keys).
 
+    In 8 bits D is D + 2 N: a bfloat16 scale per token and head; and the keys of a frame have a centre.
+
     Args:
       config: gives the transformer and the window.
       dtype: of keys and values.
@@ -165,9 +167,12 @@ def cache_bytes(
     """
     shape, window = config.transformer, config.window
     slots = window.cache_frames(frames)
-    frame = shape.num_layers * batch * frame_len * shape.dim * jnp.dtype(dtype).itemsize
+    rows = shape.num_layers * batch
+    frame, centre = rows * frame_len * shape.dim * jnp.dtype(dtype).itemsize, 0
+    if config.cache_dtype != "same":
+        frame, centre = rows * frame_len * (shape.dim + 2 * shape.num_heads), rows * 2 * shape.dim
     moving = min(window.sink_frames, slots) if window.rope == "relative" and window.is_bounded else 0
-    return (2 * slots + moving) * frame
+    return (2 * slots + moving) * frame + (slots + moving) * centre
 
 
 def _text_encoder_rows(config: PipelineConfig, measure: Measure) -> dict[str, int]:
@@ -183,7 +188,7 @@ def _transformer_rows(
     config: PipelineConfig, measure: Measure, *, batch: int, latent_size: tuple[int, int], frames: int | None
 ) -> dict[str, int]:
     shape, module = config.transformer, pipeline.transformer_of(config)
-    generator = rollout.Generator(module, config.window, config.sampler)
+    generator = rollout.Generator(module, config.window, config.sampler, cache_dtype=config.cache_dtype)
     params = _shapes(transformer.init_params, module)
     text = jax.ShapeDtypeStruct((batch, shape.text_len, shape.text_dim), jnp.dtype(config.dtype))
     seeds = jax.ShapeDtypeStruct((batch,), jnp.uint32)

@@ -15,7 +15,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "av", "pillow", "tokenizers", "saf
 """Distributions whose versions may change a result."""
 
 # The sections of the config that describe how to generate; the others describe the weights.
-_GENERATION = ("window", "sampler", "switch", "video", "dtype", "attention")
+_GENERATION = ("window", "sampler", "switch", "video", "dtype", "attention", "quantization", "cache_dtype")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +64,7 @@ def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
 def generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a recorded config that do not describe the weights, as dotted overrides."""
     settings: dict[str, Any] = {}
-    for section in _GENERATION:
+    for section in (name for name in _GENERATION if name in config):  # some are younger than a recording
         value = config[section]
         if isinstance(value, Mapping):
             settings |= {f"{section}.{name}": entry for name, entry in value.items()}
@@ -88,6 +88,6 @@ def differences(
         for part, digest in fingerprints.items()
         if recorded["weights"].get(part) != digest
     ]
-    if config_lib.to_dict(config) != recorded["config"]:
+    if config_lib.from_dict(PipelineConfig, recorded["config"]) != config:
         found.append("the model has another shape than the one recorded")
     return found

@@ -28,6 +28,7 @@ from longlive_jax.inference.story import effective_frame
 from longlive_jax.inference.switching import switch_prompts
 from longlive_jax.models import text_encoder as text_encoder_lib
 from longlive_jax.models.tokenizer import Tokenizer
+from longlive_jax.quantize import errors as quantize_errors
 from longlive_jax.types import Array
 
 Arrays = Mapping[str, np.ndarray]
@@ -48,7 +49,9 @@ FLOAT32_CHAINED = Tolerance(rtol=1e-4, atol=1e-4)
 BFLOAT16 = Tolerance(rtol=5e-2, atol=5e-2)
 """One pass in bfloat16, relative to outputs of order one."""
 BFLOAT16_CHAINED = Tolerance(rtol=2e-1, atol=2e-1)
-"""A whole rollout in bfloat16."""
+"""A whole rollout in bfloat16, or one pass of a quantised transformer."""
+QUANTIZED_CHAINED = Tolerance(rtol=5e-1, atol=5e-1)
+"""A whole rollout of a quantised transformer, or over a quantised cache."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,6 +86,7 @@ class Component:
       chained: whether errors add up over many passes.
       run: computes our value of `expected`, in its layout.
       about: one line for the documentation.
+      quantized: whether a quantised transformer or cache has a part in it.
     """
 
     required: tuple[str, ...]
@@ -91,6 +95,7 @@ class Component:
     chained: bool
     run: Callable[["_Models", Arrays], Array | np.ndarray]
     about: str
+    quantized: bool = False
 
 
 def verify(
@@ -119,6 +124,63 @@ def verify(
     cases = read_recording(recording)
     models = _Models(opened, config)
     return [_compare(models, name, arrays, tolerance) for name, arrays in cases.items()]
+
+
+def verify_layers(
+    checkpoint: str | os.PathLike[str],
+    reference: str | os.PathLike[str] | None = None,
+    *,
+    recording: str | os.PathLike[str] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> quantize_errors.LayerTable:
+    """The error of quantisation, linear layer by linear layer and block by block.
+
+    Args:
+      checkpoint: a quantised checkpoint, or any with `quantization` among the overrides.
+      reference: the checkpoint in full precision that it was made from; None is `checkpoint` itself.
+      recording: take the inputs from the first transformer case of this file; default noise.
+      overrides: dotted config names to values.
+
+    Raises:
+      UserError: nothing is quantised, the reference is, or the two are of different shapes.
+    """
+    overrides = dict(overrides or {})
+    config = config_lib.override(checkpoint_lib.open_checkpoint(checkpoint).config, overrides)
+    require(
+        config.quantization != "none",
+        f"{checkpoint} is not quantised; add --set quantization=int8, or name a quantised checkpoint",
+    )
+    source = checkpoint_lib.open_checkpoint(checkpoint if reference is None else reference)
+    require(
+        source.config.quantization == "none",
+        f"{source.path} is quantised; name the checkpoint in full precision that it was made from",
+    )
+    require(
+        source.config.transformer == config.transformer,
+        f"{source.path} has a transformer of another shape than {checkpoint}",
+    )
+    inputs = quantize_errors.random_inputs(config.transformer)
+    if recording is not None:
+        inputs = _recorded_inputs(recording)
+    full = pipeline.Pipeline.load(
+        source.path, overrides={**overrides, "dtype": config.dtype, "quantization": "none"}
+    )
+    rounded = pipeline.Pipeline.load(checkpoint, overrides=overrides)
+    with pipeline.matmul_precision(config):
+        return quantize_errors.layer_table(
+            full.transformer, full.params, rounded.params, recipe=config.quantization, inputs=inputs
+        )
+
+
+def _recorded_inputs(recording: str | os.PathLike[str]) -> quantize_errors.Inputs:
+    cases = [arrays for name, arrays in read_recording(recording).items() if name.startswith("transformer")]
+    require(bool(cases), f"recording={recording} has no transformer case to take inputs from")
+    timestep = cases[0]["timestep"].astype(np.float32)
+    return quantize_errors.Inputs(
+        _channels_last(cases[0]["latents"]).astype(np.float32),
+        timestep[:, None] if timestep.ndim == 1 else timestep,
+        cases[0]["text"].astype(np.float32),
+    )
 
 
 def read_recording(path: str | os.PathLike[str]) -> dict[str, dict[str, np.ndarray]]:
@@ -169,6 +231,8 @@ def _compare(models: "_Models", name: str, arrays: Arrays, tolerance: Tolerance 
 
 
 def _default_tolerance(config: PipelineConfig, component: Component) -> Tolerance:
+    if component.quantized and (config.quantization, config.cache_dtype) != ("none", "same"):
+        return QUANTIZED_CHAINED if component.chained else BFLOAT16_CHAINED
     if config.dtype == "float32":
         return FLOAT32_CHAINED if component.chained else FLOAT32
     return BFLOAT16_CHAINED if component.chained else BFLOAT16
@@ -189,7 +253,10 @@ class _Models:
         if self._pipeline is None:
             overrides = {
                 field: getattr(self.config, field)
-                for field in ("window", "sampler", "switch", "dtype", "attention")
+                for field in (
+                    *("window", "sampler", "switch", "dtype", "attention"),
+                    *("quantization", "cache_dtype"),
+                )
             }
             self._pipeline = pipeline.Pipeline.load(self._opened.path, overrides=overrides)
         return self._pipeline
@@ -329,6 +396,7 @@ COMPONENTS: Mapping[str, Component] = {
         run=_transformer,
         about="latents [B, F, C, h, w], timestep [B] or [B, F] and text [B, M, D] to flow [B, F, C, h, w], "
         "without a cache",
+        quantized=True,
     ),
     "vae_decode": Component(
         required=("latents", "video"),
@@ -354,5 +422,6 @@ COMPONENTS: Mapping[str, Component] = {
         run=_rollout,
         about="noise [B, F, C, h, w], renoise [blocks, steps - 1, B, block, C, h, w], "
         "text [segments, B, M, D] and switch_frames [segments - 1] to latents [B, F, C, h, w]",
+        quantized=True,
     ),
 }

@@ -41,7 +41,7 @@ def get_config() -> LongTraining:
         ),
         data=PromptsConfig(batch_size=8),
         base="runs/toy/init/export",
-        dmd=DMDConfig(guidance=0.0, shift=3.0, score_shift=3.0),
+        dmd=DMDConfig(guidance=1.0, shift=3.0, score_shift=3.0),
         scores=ScoresConfig(teacher="runs/toy/teacher_3/export", critic_updates=3, dtype="float32"),
         lora=LoRAConfig(rank=32),
         streaming=StreamingConfig(),

@@ -21,7 +21,7 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_2", steps=2500, eval_every=500, checkpoint_every=100, export_every=500
+            folder="runs/toy/teacher_2", steps=1600, eval_every=400, checkpoint_every=100, export_every=400
         ),
         optimizer=OptimizerConfig(learning_rate=1.5e-3, warmup_steps=50, ema_decay=0.998, ema_start=50),
         data=ClipsConfig(batch_size=32, frames=3, examples=3072, seed=1),

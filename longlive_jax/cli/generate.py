@@ -97,6 +97,11 @@ def _add_what(group: Any) -> None:
         action="append",
         help="when the next --prompt begins: a latent frame (40), or seconds (10s); once per further prompt",
     )
+    group.add_argument(
+        "--config",
+        metavar="FILE.py",
+        help="take what is not given here from a config file, e.g. configs/wan/inference.py",
+    )
     group.add_argument("--prompt-file", metavar="FILE", help="one video per line, .txt or .jsonl, see below")
     group.add_argument("--frames", type=int, metavar="N", help="length in latent frames")
     group.add_argument("--seconds", type=float, metavar="S", help="length in seconds (default: 5)")
@@ -127,6 +132,7 @@ def _add_where(group: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks everything that can be checked, then loads the model and generates."""
+    settings = _apply_config(arguments)
     _check_arguments(arguments)
     from longlive_jax.cli import request as requests  # JAX comes with it; the checks above need none
 
@@ -135,7 +141,7 @@ def run(arguments: argparse.Namespace) -> None:
         for remark in remarks:
             note(f"warning: {remark}; the result will differ")
     else:
-        request = _request(arguments)
+        request = _request(arguments, settings)
     targets = _targets(arguments, request)
     request.check_parts(needs_vae=any(not target.is_latents_only for target in targets))
     if arguments.compile_cache is not False:
@@ -173,10 +179,29 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         require(value is None or value.endswith(suffix), f"--{name}={value} must end in {suffix}")
 
 
-def _request(arguments: argparse.Namespace) -> "Request":
+def _apply_config(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Fills what the command line leaves open from --config; returns the config's settings."""
+    if not arguments.config or arguments.sidecar:
+        return {}
+    from longlive_jax.inference.generation import load_generation
+
+    config = load_generation(arguments.config)
+    wanted: dict[str, Any] = {"checkpoint": config.checkpoint, "seed": config.seed, "weights": config.weights}
+    if not arguments.prompts and not arguments.prompt_file:
+        wanted["prompt_file"] = config.prompts
+        wanted["switch_at"] = [str(frame) for frame in config.switch_frames] or None
+    if arguments.seconds is None:
+        wanted["frames"] = config.frames
+    for name, value in wanted.items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return dict(config.settings)
+
+
+def _request(arguments: argparse.Namespace, settings: dict[str, Any]) -> "Request":
     from longlive_jax.cli import request as requests
 
-    overrides = options.overrides(arguments)
+    overrides = {**settings, **options.overrides(arguments)}
     checkpoint, config = requests.open_config(arguments.checkpoint, overrides)
     return requests.Request(
         checkpoint=checkpoint,

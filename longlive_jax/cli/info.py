@@ -22,12 +22,17 @@ examples:
 _VERIFY = """\
 Run a checkpoint on inputs that were recorded with the PyTorch release and compare the outputs.
 Prints a line per component with the largest and the mean error; exits with status 1 on a miss.
+
+With --layers, compare a quantised checkpoint with the one it was made from: the error of every linear
+layer, and of the activations after every block.
 """
 
 _VERIFY_EXAMPLES = """\
 examples:
   longlive verify checkpoints/longlive-1.3b --against recorded.npz
   longlive verify checkpoints/longlive-1.3b --against recorded.npz --dtype float32
+  longlive verify checkpoints/longlive-1.3b-int8 --layers checkpoints/longlive-1.3b
+  longlive verify checkpoints/longlive-1.3b --layers --set quantization=fp8
 """
 
 
@@ -58,7 +63,17 @@ def _add_verify(commands: Any) -> None:
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory")
     parser.add_argument(
-        "--against", metavar="RECORDED.npz", required=True, help="recorded inputs and outputs"
+        "--against",
+        metavar="RECORDED.npz",
+        help="recorded inputs and outputs (with --layers: whose inputs to use; default noise)",
+    )
+    parser.add_argument(
+        "--layers",
+        metavar="REFERENCE",
+        nargs="?",
+        const="",
+        help="show the error of every quantised layer; REFERENCE is the checkpoint in full precision "
+        "(default: CHECKPOINT itself, quantised by --set quantization=RECIPE)",
     )
     parser.add_argument(
         "--dtype", choices=get_args(DType), help="precision to compute in (default: the checkpoint's)"
@@ -131,9 +146,20 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     require(
         all(value >= 0 for value in given), f"--rtol={arguments.rtol}, --atol={arguments.atol}: not negative"
     )
-    from longlive_jax.verify import Tolerance, verify
+    require(
+        arguments.against is not None or arguments.layers is not None,
+        "give --against RECORDED.npz or --layers; see `longlive verify --help`",
+    )
+    from longlive_jax.verify import Tolerance, verify, verify_layers
 
     overrides = dict(arguments.settings) | ({"dtype": arguments.dtype} if arguments.dtype else {})
+    if arguments.layers is not None:
+        require(not given, "--rtol and --atol do not apply to --layers, which only shows errors")
+        reference = arguments.layers or None
+        print(
+            verify_layers(arguments.checkpoint, reference, recording=arguments.against, overrides=overrides)
+        )
+        return 0
     tolerance = Tolerance(rtol=arguments.rtol, atol=arguments.atol) if given else None
     rows = verify(arguments.checkpoint, arguments.against, overrides=overrides, tolerance=tolerance)
     width = max(len("component"), *(len(row.name) for row in rows))

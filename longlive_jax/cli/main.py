@@ -10,7 +10,19 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from longlive_jax.cli import checkpoints, generate, info, interactive, train
+from longlive_jax.cli import (
+    ablate,
+    checkpoints,
+    config,
+    generate,
+    info,
+    interactive,
+    quantize,
+    report,
+    serve,
+    train,
+    vbench,
+)
 from longlive_jax.cli.common import Parser
 from longlive_jax.errors import UserError
 
@@ -68,8 +80,14 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     generate.add_command(commands)
     interactive.add_command(commands)
+    serve.add_command(commands)
     checkpoints.add_commands(commands)
+    quantize.add_command(commands)
     train.add_command(commands)
+    ablate.add_command(commands)
+    report.add_command(commands)
+    vbench.add_command(commands)
+    config.add_command(commands)
     info.add_commands(commands)
     return parser
 

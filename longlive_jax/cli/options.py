@@ -38,7 +38,8 @@ def add_how(group: Any) -> None:
     group.add_argument(
         "--rope",
         choices=get_args(RopeMode),
-        help="frame positions: absolute, or relative to the window (for videos without end)",
+        help="frame positions: absolute, relative to the window (for videos without end), or jittered: "
+        "absolute with another rotary base for every head",
     )
     group.add_argument(
         "--steps", metavar="T,T,...", help="denoising timesteps, falling, e.g. 1000,750,500,250"
@@ -94,13 +95,23 @@ def switch_frame(text: str, config: PipelineConfig) -> int:
     return stories_lib.frame_of("--switch-at", text, vae=config.vae, fps=config.video.fps)
 
 
-def enable_compile_cache() -> None:
-    """Keeps compiled programs on disk."""
+def enable_compile_cache() -> bool:
+    """Keeps compiled programs on disk, so that only the first start compiles.
+
+    Small ones too: there are hundreds beside the few large ones, and together they take as long.
+
+    Returns:
+      Whether there are any already.
+    """
     import jax
 
-    from longlive_jax.inference.prompts import default_cache_dir
+    from longlive_jax.user_cache import user_cache_dir
 
-    jax.config.update("jax_compilation_cache_dir", str(default_cache_dir().parent / "xla"))
+    folder = user_cache_dir() / "xla"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    return folder.is_dir() and any(folder.iterdir())
 
 
 @contextlib.contextmanager

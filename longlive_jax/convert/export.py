@@ -57,6 +57,11 @@ def export(
         f"layout={layout!r} is unknown; choose one of {', '.join(get_args(Layout))}",
     )
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    require(
+        opened.config.quantization == "none",
+        f"{opened.path} is quantised ({opened.config.quantization}), which these layouts cannot hold; export "
+        "the checkpoint it was made from",
+    )
     target = pathlib.Path(os.path.abspath(destination))
     if layout == "wan":
         return _export_wan(opened, target, overwrite=overwrite)

@@ -56,6 +56,8 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> InspectReport:
         if name in checkpoint.parts
     ]
     notes = [f"config: {checkpoint.config.name}"]
+    if checkpoint.config.quantization != "none":
+        notes.append(f"quantization: {checkpoint.config.quantization}")
     notes += [
         f"{entry['part']}: {'merged from' if entry['merged'] else 'kept from'} {entry['origin']}, "
         f"rank {entry['rank']}, alpha {entry['alpha']:g}"

@@ -41,6 +41,7 @@ from longlive_jax.inference.story import (
     effective_frame,
 )
 from longlive_jax.inference.switching import PromptTrack, switch_prompts
+from longlive_jax.models import rope
 from longlive_jax.models import text_encoder as text_encoder_lib
 from longlive_jax.models import transformer as transformer_lib
 from longlive_jax.models import vae as vae_lib
@@ -49,6 +50,8 @@ from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE
 from longlive_jax.provenance import Origin, fingerprints, place
+from longlive_jax.quantize import tree as quantize_tree
+from longlive_jax.quantize.module import quantized
 from longlive_jax.types import Array, ArrayLike, Params, pytree
 
 Weights = Literal["auto", "transformer", "transformer_ema"]
@@ -152,7 +155,8 @@ class Pipeline:
 
         Args:
           path: a directory made by `longlive convert`, or a training export.
-          overrides: dotted config names to values, e.g. `{"window.sink_frames": 0}`.
+          overrides: dotted config names to values, e.g. `{"window.sink_frames": 0}`. With "quantization" a
+            checkpoint in full precision is quantised as it is loaded.
           weights: "transformer", "transformer_ema", or "auto" for the first of these that is there.
           use_lora: add a LoRA that the checkpoint keeps apart.
           text_device: where the text encoder runs, "default" or "cpu".
@@ -163,14 +167,7 @@ class Pipeline:
         opened = checkpoint_lib.open_checkpoint(path)
         config = config_lib.override(opened.config, overrides or {})
         part = _choose_weights(opened, weights)
-        params = opened.load(
-            part, dtype=config.dtype, expect=_shapes(transformer_lib.init_params, transformer_of(config))
-        )
-        params = jax.tree.map(jnp.asarray, params)
-        if use_lora and "lora" in opened.parts:
-            info = opened.parts["lora"]
-            scale = (info.alpha or info.rank or 1) / (info.rank or 1)
-            params = _merge_lora(params, opened.load("lora"), scale=scale)
+        params = _load_transformer(opened, part, config, use_lora=use_lora)
         vae_params = None
         if "vae" in opened.parts:
             expected = _shapes(vae_lib.init_params, vae_of(config))
@@ -189,7 +186,10 @@ class Pipeline:
     @functools.cached_property
     def generator(self) -> rollout.Generator:
         """The rollout this pipeline runs, for use with `longlive_jax.inference.rollout`."""
-        return rollout.Generator(self.transformer, self.config.window, self.config.sampler)
+        config = self.config
+        return rollout.Generator(
+            self.transformer, config.window, config.sampler, cache_dtype=config.cache_dtype
+        )
 
     def __call__(
         self,
@@ -455,7 +455,13 @@ def matmul_precision(config: PipelineConfig) -> contextlib.AbstractContextManage
 
 def transformer_of(config: PipelineConfig) -> Transformer:
     """The flax module of a config's transformer."""
-    return Transformer(config.transformer, dtype=jnp.dtype(config.dtype), attention=config.attention)
+    module = Transformer(
+        config.transformer,
+        dtype=jnp.dtype(config.dtype),
+        attention=config.attention,
+        rope_jitter=rope.JITTER if config.window.rope == "jittered" else 0.0,
+    )
+    return quantized(module, config.quantization)
 
 
 def vae_of(config: PipelineConfig) -> WanVAE:
@@ -476,6 +482,32 @@ def _choose_weights(opened: checkpoint_lib.Checkpoint, weights: Weights) -> str:
 
 def _shapes(init: Callable[[Any, Array], Params], module: Any) -> Params:
     return jax.eval_shape(functools.partial(init, module), jax.random.key(0))
+
+
+def _load_transformer(
+    opened: checkpoint_lib.Checkpoint, part: str, config: PipelineConfig, *, use_lora: bool
+) -> Params:
+    """The transformer's parameters as `config` wants them, from a checkpoint that may be quantised."""
+    stored = opened.config.quantization
+    require(
+        stored in ("none", config.quantization),
+        f"quantization={config.quantization!r}: {opened.path} is stored as {stored!r} and cannot become "
+        "another; give the checkpoint it was made from",
+    )
+    expected = _shapes(
+        transformer_lib.init_params, transformer_of(dataclasses.replace(config, quantization=stored))
+    )
+    if stored != "none":
+        params = quantize_tree.cast(opened.load(part, expect=expected), config.dtype)
+        return jax.tree.map(jnp.asarray, params)
+    params = jax.tree.map(jnp.asarray, opened.load(part, dtype=config.dtype, expect=expected))
+    if use_lora and "lora" in opened.parts:
+        info = opened.parts["lora"]
+        scale = (info.alpha or info.rank or 1) / (info.rank or 1)
+        params = _merge_lora(params, opened.load("lora"), scale=scale)
+    if config.quantization != "none":
+        params = quantize_tree.quantize_on_device(params, recipe=config.quantization)
+    return params
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="scale")

@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
 import pathlib
 import secrets
 import threading
@@ -27,6 +26,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from longlive_jax import user_cache
 from longlive_jax.errors import UserError
 from longlive_jax.models import text_encoder
 from longlive_jax.models.text_encoder import TextEncoder
@@ -35,16 +35,14 @@ from longlive_jax.types import Array, Params
 
 Device = Literal["default", "cpu"]
 
-CACHE_VARIABLE = "LONGLIVE_CACHE"
-"""Environment variable that names another cache folder than `~/.cache/longlive-jax`."""
+CACHE_VARIABLE = user_cache.VARIABLE
 
 _logger = logging.getLogger(__name__)
 
 
 def default_cache_dir() -> pathlib.Path:
-    """`$LONGLIVE_CACHE/prompts`, or `~/.cache/longlive-jax/prompts` where that is not set."""
-    root = os.environ.get(CACHE_VARIABLE)
-    return pathlib.Path(root or "~/.cache/longlive-jax").expanduser() / "prompts"
+    """The folder `prompts` in the user's cache; see `user_cache`."""
+    return user_cache.user_cache_dir() / "prompts"
 
 
 @dataclasses.dataclass

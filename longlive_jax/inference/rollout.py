@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from longlive_jax import cache as cache_lib
 from longlive_jax.cache import BlockKV, KVCache
-from longlive_jax.config import SamplerConfig, WindowConfig
+from longlive_jax.config import CacheDType, SamplerConfig, WindowConfig
 from longlive_jax.diffusion import noise as noise_lib
 from longlive_jax.diffusion import schedule
 from longlive_jax.models import rope
@@ -65,12 +65,14 @@ class Generator:
       window: window, sink, block and rope mode.
       sampler: denoising steps and schedule.
       noise: where noise comes from; the default depends on (seed, frame, step) alone.
+      cache_dtype: whether the cache keeps keys and values as they are computed, or in 8 bits.
     """
 
     transformer: Transformer
     window: WindowConfig
     sampler: SamplerConfig
     noise: noise_lib.NoiseFn = noise_lib.frame_noise
+    cache_dtype: CacheDType = "same"
 
     def init(
         self,
@@ -100,6 +102,7 @@ class Generator:
             frame_len=config.frame_len(*latent_size),
             dtype=self.transformer.dtype,
             total_frames=total_frames,
+            storage=self.cache_dtype,
         )
         return RolloutState(
             cache=cache,
@@ -130,7 +133,8 @@ class Generator:
         places = _places(state, positions)
         own = self.context_pass(params, state.text, latents, places, cache_lib.context(cache))
         if state.gap is not None:
-            own = dataclasses.replace(own, key=rope.shift_frames(own.key, -state.gap))
+            moved = rope.shift_frames(own.key, -state.gap, jitter=self.transformer.rope_jitter)
+            own = dataclasses.replace(own, key=moved)
         history = jnp.concatenate([state.history, latents], axis=1)[:, -state.history.shape[1] :]
         return (
             dataclasses.replace(
@@ -162,10 +166,13 @@ class Generator:
           x0, float32 `[B, F, h, w, C]`.
         """
         steps = schedule.few_step_table(self.sampler)
-        context, places = cache_lib.context(cache), _places(state, positions)
+        places = _places(state, positions)
 
         def one_pass(x: Array, step: tuple[Array, ...]) -> tuple[Array, None]:
             timestep, sigma, next_sigma, index = step
+            # In here: the loop then carries the cache as it lies, and not in another shape, which XLA's CPU
+            # compiler may copy it for.
+            context = cache_lib.context(cache)
             velocity, _ = self.velocity(params, x, timestep, state.text, places, context)
             x0 = x - sigma * velocity
             fresh = self.noise(state.seeds, positions, index + 1, _frame_shape(x))

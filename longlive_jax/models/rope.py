@@ -20,10 +20,16 @@ from longlive_jax.types import Array, ArrayLike, pytree
 
 BASE = 10000.0
 
+JITTER = 0.8
+"""Spread of the temporal bases over the heads with `rope: jittered` (LoL, arXiv 2601.16914)."""
+
+_JITTER_SEED = 2601_16914  # drawn once: the same bases in every process, for every checkpoint
+
 
 @pytree
 class RopeTable:
-    """cos and sin of every token's angles, `[B or 1, F, P, H/2]` float32."""
+    """cos and sin of every token's angles, float32 `[B or 1, F, P, H/2]`, or `[B or 1, F, P, N, H/2]` where
+    the heads differ."""
 
     cos: Array
     sin: Array
@@ -47,6 +53,27 @@ def frame_angles(positions: Array, head_dim: int) -> Array:
     """
     high, low = _frequency_words(channel_split(head_dim)[0])
     return turn_angles(positions, high, low)
+
+
+def jittered_frame_angles(positions: Array, head_dim: int, *, heads: int, jitter: float) -> Array:
+    """As `frame_angles`, with a base of its own for every head: `BASE * (1 + jitter * e)`, e in [-1, 1].
+
+    Heads that share a base return to the same phases at the same distances, and all look at the sink there.
+
+    Args:
+      positions: int32, any shape, any sign.
+      head_dim: H.
+      heads: N.
+      jitter: in [0, 1).
+
+    Returns:
+      float32 `[..., N, H/2 - 2 * (H/2 // 3)]`.
+
+    Source: LoL (arXiv 2601.16914), per-head RoPE jitter of the temporal band.
+    """
+    pairs = channel_split(head_dim)[0]
+    angles = turn_angles(positions, *_jittered_words(pairs, heads, jitter))
+    return angles.reshape(*angles.shape[:-1], heads, pairs)
 
 
 def turn_angles(count: Array, high: np.ndarray, low: np.ndarray) -> Array:
@@ -90,11 +117,21 @@ def _frequency_words(pairs: int) -> tuple[np.ndarray, np.ndarray]:
     return frequency_words(_frequencies(pairs))
 
 
+@functools.cache
+def _jittered_words(pairs: int, heads: int, jitter: float) -> tuple[np.ndarray, np.ndarray]:
+    """Words of every head's temporal frequencies, one head after the other."""
+    spread = np.random.Generator(np.random.Philox(_JITTER_SEED)).uniform(-1, 1, heads)
+    bases = BASE * (1 + jitter * spread)
+    return frequency_words((bases[:, None] ** (-np.arange(pairs, dtype=np.float64) / pairs)).ravel())
+
+
 def _frequencies(pairs: int) -> np.ndarray:
     return BASE ** (-np.arange(pairs, dtype=np.float64) / pairs)
 
 
-def table(positions: Array, rows: int, columns: int, head_dim: int) -> RopeTable:
+def table(
+    positions: Array, rows: int, columns: int, head_dim: int, *, heads: int = 1, jitter: float = 0.0
+) -> RopeTable:
     """Rotation of every patch token of the frames at `positions`.
 
     Args:
@@ -102,13 +139,18 @@ def table(positions: Array, rows: int, columns: int, head_dim: int) -> RopeTable
       rows: patch rows of a frame.
       columns: patch columns of a frame; tokens are ordered row by row.
       head_dim: H.
+      heads: N; only jitter asks.
+      jitter: see `jittered_frame_angles`; 0 turns all heads alike.
 
     Returns:
-      `RopeTable` with `[1 or B, F, rows * columns, H/2]`.
+      `RopeTable` with `[1 or B, F, rows * columns, H/2]`; with jitter a head axis before the last.
     """
     positions = jnp.atleast_2d(jnp.asarray(positions))  # [B or 1, F]
     _, row_pairs, column_pairs = channel_split(head_dim)
-    time = frame_angles(positions, head_dim)[:, :, None, :]  # [B, F, 1, K]
+    if jitter:
+        time = jittered_frame_angles(positions, head_dim, heads=heads, jitter=jitter)[:, :, None]
+    else:
+        time = frame_angles(positions, head_dim)[:, :, None, :]  # [B, F, 1, K], or [B, F, 1, N, K]
     row = np.arange(rows, dtype=np.float64)[:, None, None] * _frequencies(row_pairs)
     column = np.arange(columns, dtype=np.float64)[None, :, None] * _frequencies(column_pairs)
     shape = (rows, columns)
@@ -117,8 +159,10 @@ def table(positions: Array, rows: int, columns: int, head_dim: int) -> RopeTable
     ).reshape(rows * columns, -1)  # [P, K']
 
     def join(of_time: Array, of_plane: np.ndarray) -> Array:
-        tokens = (*positions.shape, rows * columns)
+        tokens = (*positions.shape, rows * columns, *of_time.shape[3:-1])
         plane_table = jnp.asarray(of_plane, jnp.float32)
+        if jitter:
+            plane_table = plane_table[:, None]  # [P, 1, K']
         return jnp.concatenate(
             [
                 jnp.broadcast_to(of_time, (*tokens, of_time.shape[-1])),
@@ -140,23 +184,29 @@ def rotate(x: Array, rope: RopeTable) -> Array:
     Returns:
       `[B, F, P, N, H]` in the dtype of `x`.
     """
+    if rope.cos.ndim == x.ndim:  # every head has its own
+        return _rotate_pairs(x, rope.cos, rope.sin)
     return _rotate_pairs(x, rope.cos[..., None, :], rope.sin[..., None, :])
 
 
-def shift_frames(keys: Array, frames: Array) -> Array:
+def shift_frames(keys: Array, frames: Array, *, jitter: float = 0.0) -> Array:
     """Moves already rotated keys by `frames` positions in time (rotations compose).
 
     Args:
       keys: `[L, B, S, P, N, H]`.
       frames: int32 `[B]`.
+      jitter: that of the rotation.
 
     Returns:
       `[L, B, S, P, N, H]` in the dtype of `keys`.
     """
-    head_dim = keys.shape[-1]
-    time = frame_angles(frames, head_dim)  # [B, K]
+    heads, head_dim = keys.shape[-2:]
+    if jitter:
+        time = jittered_frame_angles(frames, head_dim, heads=heads, jitter=jitter)  # [B, N, K]
+    else:
+        time = frame_angles(frames, head_dim)[:, None]  # [B, 1, K]
     still = head_dim // 2 - time.shape[-1]
-    angles = jnp.pad(time, ((0, 0), (0, still)))[None, :, None, None, None, :]
+    angles = jnp.pad(time, ((0, 0), (0, 0), (0, still)))[None, :, None, None]
     return _rotate_pairs(keys, jnp.cos(angles), jnp.sin(angles))
 
 

@@ -86,6 +86,7 @@ class Block(nn.Module):
     param_dtype: jnp.dtype
     attention: AttentionImplementation
     batch_sharding: jax.sharding.Sharding | None = None
+    rope_jitter: float = 0.0
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -102,6 +103,8 @@ class Block(nn.Module):
         rotation: rope.RopeTable,
         text: TextContext,
         context: CachedContext | ClipContext | None,
+        cached: CachedContext | None = None,
+        layer: Array | None = None,
     ) -> tuple[Array, BlockKV]:
         """Runs the block over the frames of one call.
 
@@ -111,11 +114,15 @@ class Block(nn.Module):
           rotation: rotary table of the frames.
           text: this layer's cross-attention keys and values, `[B, M, N, H]`.
           context: this layer's cached keys and values: `[B, K, N, H]`, or a clip's `[B, A + F, P, N, H]`.
+          cached: instead, those of all layers, `[L, B, K, N, H]`: a slice for the layer would be a copy.
+          layer: int32 scalar, this layer's number; only with `cached`.
 
         Returns:
           The new `x` and this layer's keys and values, `[B, F, P, N, H]`.
         """
         config = self.config
+        if cached is not None:
+            context = dataclasses.replace(cached, layer=layer)
         modulation = time + self.modulation.astype(self.dtype)  # [B, F, 6, D]
         shift1, scale1, gate1, shift2, scale2, gate2 = (modulation[:, :, None, i] for i in range(6))
 
@@ -176,6 +183,8 @@ class Transformer(nn.Module):
       batch_sharding: where the batch of the activations lives; None leaves it to the compiler. With weights
         that are split over the devices of the batch it has to be said: the compiler might gather the batch
         instead of the weights.
+      rope_jitter: spread of the heads' temporal rotary bases, see `rope.jittered_frame_angles`; 0 is the
+        model as it was trained.
     """
 
     config: TransformerConfig
@@ -184,6 +193,7 @@ class Transformer(nn.Module):
     attention: AttentionImplementation = "auto"
     remat: RematPolicy = "none"
     batch_sharding: jax.sharding.Sharding | None = None
+    rope_jitter: float = 0.0
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -224,13 +234,21 @@ class Transformer(nn.Module):
         height, width = latents.shape[2] // rows, latents.shape[3] // columns
         if positions is None:
             positions = jnp.arange(latents.shape[1], dtype=jnp.int32)
-        rotation = rope.table(positions, height, width, config.head_dim)
+        rotation = rope.table(
+            positions, height, width, config.head_dim, heads=config.num_heads, jitter=self.rope_jitter
+        )
         patches = rearrange(latents, "b f (h q) (w r) c -> b f (h w) (q r c)", q=rows, r=columns)
         x = _split(self.patch_embed(patches.astype(self.dtype)), self.batch_sharding)  # [B, F, P, D]
         embedding = timestep_embedding(timesteps, config.freq_dim).astype(self.dtype)
         time = self.time_embed(embedding)  # [B, F, D]
         projected = self.time_proj(nn.silu(time)).reshape(*time.shape[:2], 6, config.dim)
-        x, own = self.blocks(x, projected, rotation, text, _per_layer(context, config.num_layers))
+        cached = None
+        if isinstance(context, CachedContext):
+            cached = _of_all_layers(context)
+            context = None
+        layers = jnp.arange(config.num_layers, dtype=jnp.int32)
+        of_layer = _per_layer(context, config.num_layers)
+        x, own = self.blocks(x, projected, rotation, text, of_layer, cached, layers)
         patches = self.head(x, time).astype(jnp.float32)
         output = rearrange(patches, "b f (h w) (q r c) -> b f (h q) (w r) c", h=height, q=rows, r=columns)
         return self._velocity(output, latents, timesteps), own
@@ -286,25 +304,30 @@ def _scanned_block(layers: int, remat: RematPolicy) -> Any:
     return nn.scan(
         block,
         methods={
-            "__call__": stacked | {"in_axes": (broadcast, broadcast, 0, 0), "out_axes": 0},
+            "__call__": stacked | {"in_axes": (broadcast, broadcast, 0, 0, broadcast, 0), "out_axes": 0},
             "text_context": stacked | {"in_axes": broadcast, "out_axes": 0},
         },
     )
 
 
-def _per_layer(
-    context: CachedContext | ClipContext | None, layers: int
-) -> CachedContext | ClipContext | None:
+def _per_layer(context: ClipContext | None, layers: int) -> ClipContext | None:
     """Gives what all layers share a layer axis so that the whole context can be scanned."""
+    if context is None or context.through is None:
+        return context
+    return dataclasses.replace(
+        context, through=jnp.broadcast_to(context.through, (layers, *context.through.shape))
+    )
 
-    def repeat(x: Array) -> Array:
-        return jnp.broadcast_to(x, (layers, *x.shape))
 
-    if isinstance(context, CachedContext):
-        return dataclasses.replace(context, length=repeat(context.length))
-    if isinstance(context, ClipContext) and context.through is not None:
-        return dataclasses.replace(context, through=repeat(context.through))
-    return context
+def _of_all_layers(context: CachedContext) -> CachedContext:
+    """The context as the layer scan takes it: a batch of one loses its axis.
+
+    XLA's CPU compiler would put that axis elsewhere, and copy all keys and values to do so.
+    """
+    if context.length.shape[0] != 1:
+        return context
+    key, value = jax.tree.map(lambda x: x.reshape(x.shape[0], *x.shape[2:]), (context.key, context.value))
+    return dataclasses.replace(context, key=key, value=value)
 
 
 def _split(x: Array, sharding: jax.sharding.Sharding | None) -> Array:

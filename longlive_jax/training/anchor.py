@@ -8,6 +8,8 @@ The code of a latent frame is that of the *last* video frame it stands for, so t
 which is one frame, and the later ones, which are several, look alike.
 """
 
+from typing import Any
+
 import numpy as np
 
 from longlive_jax import toy
@@ -75,7 +77,7 @@ def fit(world: toy.World, config: VAEConfig, *, clips: int, seed: int) -> Linear
     return LinearCode(mean.astype(np.float32), projection.astype(np.float32))
 
 
-def _cells(video: Array, side: int) -> Array:
+def _cells(video: Any, side: int) -> Any:
     batch, frames, height, width, channels = video.shape
     cells = video.reshape(batch, frames, height // side, side, width // side, side, channels)
     cells = cells.swapaxes(3, 4)  # [B, V, h, w, S, S, 3]

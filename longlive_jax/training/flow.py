@@ -293,9 +293,9 @@ def _noise_levels(
         level = jax.nn.sigmoid(jax.random.normal(key, drawn))
     else:
         level = jax.random.uniform(key, drawn)
-    level = shift_sigma(level, config.flow.shift)
+    level = jnp.asarray(shift_sigma(level, config.flow.shift))
     level = jnp.where(jnp.arange(size)[:, None] < causal, level, level[:, :1])
-    return jnp.repeat(jnp.asarray(level), block, axis=1)[:, :frames]
+    return jnp.repeat(level, block, axis=1)[:, :frames]
 
 
 def velocity(

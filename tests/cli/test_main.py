@@ -14,6 +14,7 @@ from longlive_jax.cli.main import build_parser
 COMMANDS = (
     *("generate", "interactive", "setup", "convert", "export"),
     *("inspect", "train", "verify", "memory", "version"),
+    *("ablate", "report", "vbench", "config"),
 )
 
 

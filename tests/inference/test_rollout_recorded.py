@@ -214,6 +214,7 @@ def generator_cache_of(own):
 def attend_to_context_alone(query, key, value, *, context=None, implementation="auto"):
     if context is None:  # cross-attention
         return windowed_attention(query, key, value, implementation=implementation)
+    context = context.sliced()
     return windowed_attention(query, context.key, context.value, implementation=implementation)
 
 

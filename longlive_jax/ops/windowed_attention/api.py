@@ -3,14 +3,21 @@
 Queries attend densely to the keys that come with them and, where given, to a cached context in
 front of them. Attention does not depend on the order of its keys, so the context may be a ring in
 any rotation; its valid slots are always a prefix, so the only mask is a length.
+
+Precision, whatever the implementation: products accumulate in float32; scale, softmax and log-sum-exp are
+float32; the weights are rounded to the dtype of `value` before the second product and the sum they are
+divided by is that of the unrounded ones; the result is rounded once to the dtype of `query`.
 """
+
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from longlive_jax.config import AttentionImplementation
-from longlive_jax.errors import UserError
+from longlive_jax.errors import UserError, require
 from longlive_jax.ops.windowed_attention import cudnn, reference
+from longlive_jax.quantize.numerics import Quantized
 from longlive_jax.types import Array, pytree
 
 
@@ -19,14 +26,35 @@ class CachedContext:
     """Keys and values kept from earlier blocks.
 
     Attributes:
-      key: `[B, K, N, H]`, already rotated (with a leading layer axis outside the layer scan).
-      value: `[B, K, N, H]`.
+      key: `[B, K, N, H]`, already rotated. With a leading layer axis, `[L, B, K, N, H]`, where `layer` says
+        which one is meant (a batch of one may leave its axis out), and outside the layer scan. In 8 bits a
+        `Quantized` whose frames are apart, `[B, S, P, N, H]`.
+      value: like `key`.
       length: int32 `[B]`; only the first `length` of the K tokens are attended to.
+      layer: int32 scalar or None. A kernel that takes the whole cache and a number reads it where it lies; a
+        slice of it would be a copy.
     """
 
-    key: Array
-    value: Array
+    key: Array | Quantized
+    value: Array | Quantized
     length: Array
+    layer: Array | None = None
+
+    def sliced(self) -> "CachedContext":
+        """The one layer that is meant, a copy of it unless the compiler can do without."""
+        if self.layer is None:
+            return self
+        index, batch = self.layer, self.length.shape[0]
+
+        def one(x: Array, axes: int) -> Array:
+            x = jax.lax.dynamic_index_in_dim(x, index, keepdims=False)
+            return x.reshape(batch, *x.shape[x.ndim - axes :])
+
+        def part(x: Array | Quantized) -> Array | Quantized:
+            axes = 4 if isinstance(x, Quantized) else 3  # behind the batch
+            return jax.tree.map(lambda leaf: one(leaf, axes), x)
+
+        return CachedContext(part(self.key), part(self.value), self.length)
 
 
 def windowed_attention(
@@ -39,39 +67,137 @@ def windowed_attention(
 ) -> Array:
     """Softmax attention with scale 1/sqrt(H).
 
-    Products accumulate in float32 and the softmax is float32, whatever the input dtype; the
-    probabilities are rounded to the dtype of `value` before the second product.
-
     Args:
       query: `[B, T, N, H]`.
       key: `[B, K, N, H]`, attended to in full.
       value: `[B, K, N, H]`.
       context: further keys and values, attended to up to their length.
       implementation: "reference" runs everywhere; "cudnn" needs a GPU, float16 or bfloat16 and a head
-        size that is a multiple of 8 up to 128; "auto" takes cudnn exactly where it can run.
+        size that is a multiple of 8 up to 128; "pallas_mosaic_gpu" needs a Hopper GPU (H100, H200), float16
+        or bfloat16 and a head size of 64 or 128. "auto" takes cudnn exactly where it can run, and the
+        reference elsewhere.
 
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
 
     Raises:
-      UserError: "cudnn" was asked for where it cannot run.
+      UserError: an implementation was asked for where it cannot run.
     """
-    obstacle = cudnn.obstacle(query, platform=jax.default_backend())
-    if implementation == "cudnn" and obstacle:
-        raise UserError(f"attention='cudnn' cannot run here ({obstacle}); use 'reference' or 'auto'")
-    if implementation == "cudnn" or (implementation == "auto" and not obstacle):
-        return _attend_cudnn(query, key, value, context)
-    if context is None:
-        return reference.attend(query, key, value)
-    return reference.attend(
-        query, key, value, cached_key=context.key, cached_value=context.value, cached_len=context.length
+    chosen = choose(query, implementation)
+    if chosen == "cudnn":
+        return _attend_cudnn(query, key, value, **_cached(context, query.dtype))
+    return _attend(query, key, value, context, chosen)[0]
+
+
+def windowed_attention_lse(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    context: CachedContext | None = None,
+    implementation: AttentionImplementation = "auto",
+) -> tuple[Array, Array]:
+    """`windowed_attention` and the log-sum-exp of its logits, with which several results can be joined.
+
+    The arguments are those of `windowed_attention`, but cuDNN cannot do it: its log-sum-exp comes rounded to
+    the dtype of the query. "auto" takes pallas_mosaic_gpu where it can run, the reference elsewhere.
+
+    Returns:
+      `[B, T, N, H]` in the dtype of `query`, and float32 `[B, N, T]`.
+
+    Raises:
+      UserError: an implementation was asked for where it cannot run.
+    """
+    require(implementation != "cudnn", "attention='cudnn' gives no log-sum-exp; use 'pallas_mosaic_gpu'")
+    if implementation == "auto":
+        implementation = "reference" if _obstacle("pallas_mosaic_gpu", query) else "pallas_mosaic_gpu"
+    return _attend(query, key, value, context, choose(query, implementation))
+
+
+def choose(query: Array, implementation: AttentionImplementation) -> AttentionImplementation:
+    """The implementation that a call gets on the default device.
+
+    Raises:
+      UserError: one was asked for where it cannot run; nothing else takes its place.
+    """
+    if implementation == "auto":
+        return "reference" if _obstacle("cudnn", query) else "cudnn"
+    obstacle = _obstacle(implementation, query)
+    if obstacle:
+        raise UserError(
+            f"attention={implementation!r} cannot run here ({obstacle}); use 'reference' or 'auto'"
+        )
+    return implementation
+
+
+def _obstacle(implementation: AttentionImplementation, query: Array) -> str | None:
+    """Why an implementation cannot take this call on the default device, or None if it can."""
+    platform = jax.default_backend()
+    if implementation == "cudnn":
+        return cudnn.obstacle(query, platform=platform)
+    if implementation == "pallas_mosaic_gpu":
+        return _pallas().obstacle(query, platform=platform)
+    return None
+
+
+def _pallas() -> Any:
+    from longlive_jax.ops.windowed_attention import pallas_mosaic_gpu  # takes a second to import
+
+    return pallas_mosaic_gpu
+
+
+def _attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    context: CachedContext | None,
+    implementation: AttentionImplementation,
+) -> tuple[Array, Array]:
+    if implementation == "reference" or context is None or isinstance(context.key, Quantized):
+        implemented = reference if implementation == "reference" else _pallas()
+        return implemented.attend_lse(query, key, value, **_cached(context, query.dtype))
+    return _pallas().attend_lse(
+        query,
+        key,
+        value,
+        cached_key=context.key,
+        cached_value=context.value,
+        cached_len=context.length,
+        layer=context.layer,
     )
 
 
-def _attend_cudnn(query: Array, key: Array, value: Array, context: CachedContext | None) -> Array:
+def _cached(context: CachedContext | None, dtype: jnp.dtype) -> dict[str, Array]:
+    """The keyword arguments of the implementations that take one layer's dense keys and values."""
     if context is None:
+        return {}
+    context = context.sliced()
+
+    def dense(x: Array | Quantized) -> Array:
+        if isinstance(x, Quantized):
+            x = x.dense(dtype)  # [B, S, P, N, H]
+            return x.reshape(x.shape[0], -1, *x.shape[3:])
+        return x
+
+    return {
+        "cached_key": dense(context.key),
+        "cached_value": dense(context.value),
+        "cached_len": context.length,
+    }
+
+
+def _attend_cudnn(
+    query: Array,
+    key: Array,
+    value: Array,
+    *,
+    cached_key: Array | None = None,
+    cached_value: Array | None = None,
+    cached_len: Array | None = None,
+) -> Array:
+    if cached_key is None or cached_value is None or cached_len is None:
         return cudnn.attend(query, key, value, length=None)
     # cuDNN takes one buffer and a length, so the always-valid own keys go in front.
-    joined_key = jnp.concatenate([key, context.key], axis=1)
-    joined_value = jnp.concatenate([value, context.value], axis=1)
-    return cudnn.attend(query, joined_key, joined_value, length=context.length + key.shape[1])
+    joined_key = jnp.concatenate([key, cached_key], axis=1)
+    joined_value = jnp.concatenate([value, cached_value], axis=1)
+    return cudnn.attend(query, joined_key, joined_value, length=cached_len + key.shape[1])

@@ -21,7 +21,12 @@ LOGITS = 1 << 27
 """Elsewhere: half a gigabyte."""
 
 
-def attend(
+def attend(query: Array, key: Array, value: Array, **cached: Array) -> Array:
+    """The first result of `attend_lse`, which takes the same arguments."""
+    return attend_lse(query, key, value, **cached)[0]
+
+
+def attend_lse(
     query: Array,
     key: Array,
     value: Array,
@@ -29,7 +34,7 @@ def attend(
     cached_key: Array | None = None,
     cached_value: Array | None = None,
     cached_len: Array | None = None,
-) -> Array:
+) -> tuple[Array, Array]:
     """Dense attention to `key` and to the first `cached_len` of `cached_key`.
 
     Args:
@@ -41,7 +46,7 @@ def attend(
       cached_len: int32 `[B]`, valid tokens of the cache, in [0, K'].
 
     Returns:
-      `[B, T, N, H]` in the dtype of `query`.
+      `[B, T, N, H]` in the dtype of `query`, and float32 `[B, N, T]`, the log-sum-exp of the logits.
     """
     batch, query_len, heads, _ = query.shape
     row = batch * (key.shape[1] + (0 if cached_key is None else cached_key.shape[1]))
@@ -52,28 +57,34 @@ def attend(
     def split(x: Array) -> Array:  # [B, T, N, H] to [N / group, group, B, T, H]
         return x.transpose(2, 0, 1, 3).reshape(-1, group or 1, batch, x.shape[1], x.shape[3])
 
-    def one_group(arrays: tuple[Array, ...]) -> Array:
+    def one_group(arrays: tuple[Array, ...]) -> tuple[Array, Array]:
         head_query, *rest = arrays
         run = functools.partial(_attend, context=tuple(rest), cached_len=cached_len)
         return run(head_query) if chunk == query_len else _by_chunks(run, head_query, chunk)
 
     present = [x for x in (query, key, value, cached_key, cached_value) if x is not None]
-    out = _map(one_group, tuple(split(x) for x in present))
-    return out.reshape(heads, batch, query_len, -1).transpose(1, 2, 0, 3)
+    out, lse = _map(one_group, tuple(split(x) for x in present))
+    out = out.reshape(heads, batch, query_len, -1).transpose(1, 2, 0, 3)
+    return out, lse.reshape(heads, batch, query_len).transpose(1, 0, 2)
 
 
-def _by_chunks(run: Callable[[Array], Array], query: Array, chunk: int) -> Array:
+def _by_chunks(run: Callable[[Array], tuple[Array, Array]], query: Array, chunk: int) -> tuple[Array, Array]:
     """Applies `run` to `[G, B, T, H]` queries in equal chunks of at most about `chunk`."""
     query_len = query.shape[2]
     count = -(-query_len // chunk)
     chunk = -(-query_len // count)
     padded = jnp.pad(query, ((0, 0), (0, 0), (0, count * chunk - query_len), (0, 0)))
     pieces = padded.reshape(*query.shape[:2], count, chunk, -1).transpose(2, 0, 1, 3, 4)
-    out = jax.lax.map(jax.checkpoint(run), pieces).transpose(1, 2, 0, 3, 4)  # [G, B, count, chunk, H]
-    return out.reshape(*query.shape[:2], count * chunk, -1)[:, :, :query_len]
+
+    def join(x: Array) -> Array:  # [count, G, B, chunk, ...] to [G, B, T, ...]
+        x = jnp.moveaxis(x, 0, 2)
+        return x.reshape(*query.shape[:2], count * chunk, *x.shape[4:])[:, :, :query_len]
+
+    out, lse = jax.lax.map(jax.checkpoint(run), pieces)
+    return join(out), join(lse)
 
 
-def _attend(query: Array, *, context: tuple[Array, ...], cached_len: Array | None) -> Array:
+def _attend(query: Array, *, context: tuple[Array, ...], cached_len: Array | None) -> tuple[Array, Array]:
     """Attention of `[G, B, T, H]` to (key, value) or (key, value, cached_key, cached_value).
 
     The own keys and the cached ones are two parts under one normaliser: nothing is concatenated, the
@@ -92,10 +103,10 @@ def _attend(query: Array, *, context: tuple[Array, ...], cached_len: Array | Non
     out: Any = sum(
         _dot("gbtk,gbkh->gbth", w.astype(v.dtype), v) for w, v in zip(weights, values, strict=True)
     )
-    return (out / total).astype(query.dtype)
+    return (out / total).astype(query.dtype), (top + jnp.log(total))[..., 0]
 
 
-def _map(run: Callable[[tuple[Array, ...]], Array], arrays: tuple[Array, ...]) -> Array:
+def _map(run: Callable[[tuple[Array, ...]], Any], arrays: tuple[Array, ...]) -> Any:
     """`jax.lax.map` that is a plain call where there is only one piece."""
     if arrays[0].shape[0] == 1:
         return run(tuple(x[0] for x in arrays))
