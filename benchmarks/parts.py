@@ -263,7 +263,7 @@ def _block_rows(suite: Suite, window: WindowConfig, rates: floors.Rates) -> dict
     return {
         "case": f"window={window.window_frames} sink={window.sink_frames}",
         "fps": round(suite.vae.temporal_stride * window.block_frames / report["seconds"], 2),
-        "copies_of_the_cache": len(found.copies),
+        "copies_as_large_as_the_cache": len(found.copies),
         "host_transfers": len(found.host_transfers),
         "temporary_mib": round(found.temporary_bytes / 2**20, 1),
         "peak_mib": peak_mib(),

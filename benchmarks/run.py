@@ -39,6 +39,9 @@ def table(results: dict[str, Any]) -> str:
         if "failed" in result:
             lines.append(f"{part:14}failed: {result['failed']}")
         for row in result.get("rows", ()):
+            if "skipped" in row:
+                lines.append(f"{part:14}{row['case']:44}skipped: {row['skipped']}")
+                continue
             floor = f"{1e3 * row['floor_seconds']:11.3f}" if "floor_seconds" in row else " " * 11
             ratio = f"{row['times_floor']:9.2f}" if "times_floor" in row else " " * 9
             extra = "  ".join(f"{k}={row[k]}" for k in ("fps", "peak_mib", "error") if k in row)

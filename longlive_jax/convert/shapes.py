@@ -1,13 +1,22 @@
-"""The parameter trees that the models expect, as shapes."""
+"""The parameter trees that the models expect, as shapes.
 
+Tracing a model for its shapes alone costs a second or two of every start, so they are remembered in the
+user's cache folder, under a key that stands for the model's config and for the code that makes the shapes.
+"""
+
+import contextlib
 import functools
+import hashlib
+import json
+import pathlib
 from collections.abc import Mapping
 
+import flax
 import jax
 
-from longlive_jax import lora
-from longlive_jax.checkpoint import flatten
-from longlive_jax.config import PipelineConfig
+from longlive_jax import lora, storage, user_cache
+from longlive_jax.checkpoint import flatten, unflatten
+from longlive_jax.config import PipelineConfig, to_dict
 from longlive_jax.models import text_encoder, transformer, vae
 from longlive_jax.storage import Spec
 from longlive_jax.types import Params
@@ -25,6 +34,34 @@ def expected(part: str, config: PipelineConfig) -> dict[str, Spec]:
 
 def expected_tree(part: str, config: PipelineConfig) -> Params:
     """Like `expected`, as a nested dict."""
+    file = user_cache.user_cache_dir() / "shapes" / f"{_key(part, config)}.json"
+    # What cannot be read, or written, is traced: the folder may be another user's, or a file half a file.
+    with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):
+        stored = json.loads(file.read_text())
+        specs = {name: jax.ShapeDtypeStruct(tuple(shape), dtype) for name, (shape, dtype) in stored.items()}
+        return unflatten(specs)
+    tree = _traced(part, config)
+    with contextlib.suppress(OSError):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        leaves = flatten(tree)
+        storage.write_json(file, {name: [leaf.shape, str(leaf.dtype)] for name, leaf in leaves.items()})
+    return tree
+
+
+def _key(part: str, config: PipelineConfig) -> str:
+    section = {"vae": "vae", "text_encoder": "text_encoder"}.get(part, "transformer")
+    content = [part, to_dict(getattr(config, section)), flax.__version__, _code()]
+    return f"{part}-{hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]}"
+
+
+@functools.cache
+def _code() -> str:
+    """Fingerprint of the modules that decide the shapes."""
+    files = sorted(pathlib.Path(transformer.__file__).parent.glob("*.py"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def _traced(part: str, config: PipelineConfig) -> Params:
     key = jax.eval_shape(jax.random.key, 0)  # a shape too: nothing here runs on a device
     if part == "text_encoder":
         module = text_encoder.TextEncoder(config.text_encoder)

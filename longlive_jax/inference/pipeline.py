@@ -28,6 +28,7 @@ from longlive_jax import checkpoint as checkpoint_lib
 from longlive_jax import config as config_lib
 from longlive_jax import lora, video
 from longlive_jax.config import PipelineConfig, SwitchConfig
+from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.diffusion import noise
 from longlive_jax.errors import require
 from longlive_jax.inference import rollout
@@ -42,7 +43,6 @@ from longlive_jax.inference.story import (
 )
 from longlive_jax.inference.switching import PromptTrack, switch_prompts
 from longlive_jax.models import rope
-from longlive_jax.models import text_encoder as text_encoder_lib
 from longlive_jax.models import transformer as transformer_lib
 from longlive_jax.models import vae as vae_lib
 from longlive_jax.models.text_encoder import TextEncoder
@@ -170,7 +170,7 @@ class Pipeline:
         params = _load_transformer(opened, part, config, use_lora=use_lora)
         vae_params = None
         if "vae" in opened.parts:
-            expected = _shapes(vae_lib.init_params, vae_of(config))
+            expected = expected_tree("vae", config)
             vae_params = jax.tree.map(jnp.asarray, opened.load("vae", dtype=config.dtype, expect=expected))
         origin = Origin(place(opened.path), weights, use_lora, fingerprints(opened))
         return cls(config, params, vae_params, _prompt_source(opened, config, device=text_device), origin)
@@ -480,10 +480,6 @@ def _choose_weights(opened: checkpoint_lib.Checkpoint, weights: Weights) -> str:
     return "transformer_ema" if "transformer" not in opened.parts else "transformer"
 
 
-def _shapes(init: Callable[[Any, Array], Params], module: Any) -> Params:
-    return jax.eval_shape(functools.partial(init, module), jax.random.key(0))
-
-
 def _load_transformer(
     opened: checkpoint_lib.Checkpoint, part: str, config: PipelineConfig, *, use_lora: bool
 ) -> Params:
@@ -494,12 +490,12 @@ def _load_transformer(
         f"quantization={config.quantization!r}: {opened.path} is stored as {stored!r} and cannot become "
         "another; give the checkpoint it was made from",
     )
-    expected = _shapes(
-        transformer_lib.init_params, transformer_of(dataclasses.replace(config, quantization=stored))
-    )
     if stored != "none":
-        params = quantize_tree.cast(opened.load(part, expect=expected), config.dtype)
+        module = transformer_of(dataclasses.replace(config, quantization=stored))
+        shapes = jax.eval_shape(functools.partial(transformer_lib.init_params, module), jax.random.key(0))
+        params = quantize_tree.cast(opened.load(part, expect=shapes), config.dtype)
         return jax.tree.map(jnp.asarray, params)
+    expected = expected_tree("transformer", config)
     params = jax.tree.map(jnp.asarray, opened.load(part, dtype=config.dtype, expect=expected))
     if use_lora and "lora" in opened.parts:
         info = opened.parts["lora"]
@@ -520,7 +516,7 @@ def _prompt_source(
 ) -> PromptSource:
     def make() -> PromptEncoder:
         module = text_encoder_of(config)
-        expected = _shapes(text_encoder_lib.init_params, module)
+        expected = expected_tree("text_encoder", config)
         tokenizer = Tokenizer.from_file(opened.tokenizer_path, config.text_encoder)
         load = functools.partial(opened.load, "text_encoder", dtype=config.dtype, expect=expected)
         return PromptEncoder(tokenizer, module, load, opened.fingerprint("text_encoder"), device=device)

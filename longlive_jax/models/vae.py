@@ -315,7 +315,19 @@ def init_params(vae: WanVAE, key: PRNGKey) -> Params:
     video = jax.ShapeDtypeStruct((1, 1 + config.temporal_stride, size, size, 3), vae.dtype)
     # The default generator takes XLA's CPU compiler over a second per shape, 40 s for this model.
     data = jax.random.bits(key, (4,), jnp.uint32)
-    return vae.lazy_init(jax.random.wrap_key_data(data, impl="rbg"), video)["params"]
+    return vae.lazy_init(jax.random.wrap_key_data(data, impl="rbg"), video, method=_visit)["params"]
+
+
+def _visit(vae: WanVAE, video: Array) -> Array:
+    """Two chunks through encoder and decoder: every parameter, without the loops that cost time to trace."""
+    batch, _, height, width, _ = video.shape
+    state = init_encoder_state(vae.config, batch, height=height, width=width, dtype=vae.dtype)
+    state, _ = _encode_chunk(vae, state, video[:, :1])
+    _, latents = _encode_chunk(vae, state, video[:, 1:])
+    state = vae.init_decode_state(batch, height=latents.shape[2], width=latents.shape[3])
+    state, _ = _decode_latent(vae, state, latents[:, 0])
+    _, frames = _decode_latent(vae, state, latents[:, 0])
+    return frames
 
 
 def init_encoder_state(config: VAEConfig, batch: int, *, height: int, width: int, dtype: Any) -> State:

@@ -13,7 +13,7 @@ from longlive_jax.cli.main import build_parser
 
 COMMANDS = (
     *("generate", "interactive", "setup", "convert", "export"),
-    *("inspect", "train", "verify", "memory", "version"),
+    *("inspect", "serve", "quantize", "train", "verify", "memory", "version"),
     *("ablate", "report", "vbench", "config"),
 )
 
@@ -72,7 +72,7 @@ def test_every_option_has_a_help_text():
         (("convert", "absent.pt", "out"), "absent.pt"),
         (("convert", "only-one"), "the following arguments are required: DST"),
         (("setup", "longlive-2b", "out"), "model='longlive-2b' is unknown; choose one of longlive-1.3b"),
-        (("verify", "absent"), "the following arguments are required: --against"),
+        (("verify", "absent"), "give --against RECORDED.npz or --layers; see `longlive verify --help`"),
         (("verify", "absent", "--against", "x.npz"), "absent is no"),
         (("verify", "absent", "--against", "x.npz", "--rtol", 0.1), "give both --rtol and --atol"),
         (("memory", "absent"), "the presets are wan_1_3b, wan_14b"),
