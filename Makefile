@@ -14,7 +14,7 @@ TOY ?= runs/toy
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-.PHONY: help demo toy toy-bundle test test-slow test-gpu lint format clean
+.PHONY: help demo toy toy-bundle test test-slow test-gpu test-cuda-compiler lint format clean
 
 help:
 	@echo "make demo       create the environment, generate a video, say where it is"
@@ -23,6 +23,7 @@ help:
 	@echo "make test       lint, types and the test suite (no GPU; under 20 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-gpu   the tests that need a GPU"
+	@echo "make test-cuda-compiler  compile the kernels for a Hopper GPU without one (CUDA_HOME with ptxas)"
 	@echo "make format     format the code"
 
 $(BIN)/python:
@@ -64,6 +65,9 @@ test-slow: $(VENV)/.dev
 
 test-gpu: $(VENV)/.dev
 	JAX_PLATFORMS=cuda,cpu $(BIN)/python -m pytest -m gpu
+
+test-cuda-compiler: $(VENV)/.dev
+	$(PYTEST) -m cuda_compiler
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

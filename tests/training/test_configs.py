@@ -93,7 +93,7 @@ def test_changes_come_after_smoke():
         ("causal_ode", {"flow.encoded_frames": "21"}, "flow.encoded_frames=21 must be 0 with"),
         ("causal_ode", {"flow.causal_share": "0.5"}, "flow.causal_share=0.5 must be 1 with"),
         ("causal_ode", {"flow.method": "dmd"}, "flow.method='dmd' must be"),
-        ("teacher_2", {"data.frames": "24"}, "at least data.frames=24"),
+        ("teacher_3", {"data.frames": "24"}, "at least data.frames=24"),
     ],
 )
 def test_wrong_settings_are_refused(name, changes, message):
