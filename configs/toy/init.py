@@ -24,7 +24,7 @@ def get_config() -> InitTraining:
     return InitTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/init", steps=600, eval_every=150, checkpoint_every=30, export_every=150
+            folder="runs/toy/init", steps=360, eval_every=120, checkpoint_every=30, export_every=120
         ),
         optimizer=OptimizerConfig(
             learning_rate=2e-4,
