@@ -34,6 +34,9 @@ _CLIP_ROWS = (
     ("drift.sprite", "drift of the sprite's colour by the last window"),
     ("drift.background", "drift of the background's colour by the last window"),
 )
+GATE = {"colour": 0.95, "shape": 0.85, "motion": 0.85, "iou": 0.65}
+"""Means over clips from which on the model shows enough of what is asked for to compare settings by it."""
+
 _LONG_ROWS = (
     ("first.all", "all four attributes, first 21 latent frames"),
     ("last.all", "all four attributes, last 21 latent frames"),
@@ -213,6 +216,7 @@ For flicker, drift and jumps low is good."""
     if "clip" in cells:
         title = f"Clips of {settings['frames']} latent frames"
         blocks.append(_estimates(title, ["share"], [cells["clip"]], _CLIP_ROWS))
+        blocks.append(_gate(cells["clip"]))
     if "long" in cells:
         title = f"Clips of {settings['long_frames']} latent frames"
         blocks.append(_estimates(title, ["share"], [cells["long"]], _LONG_ROWS))
@@ -225,6 +229,20 @@ For flicker, drift and jumps low is good."""
         )
         blocks.append(_blocks(policies, found))
     return "\n\n".join(blocks)
+
+
+def _gate(cell: Mapping[str, Any]) -> str:
+    """Whether comparisons of settings mean much with these weights."""
+    asked = ", ".join(f"{name} {least:g}" for name, least in GATE.items())
+    missed = [
+        f"{name} {cell[name]['mean']:.2f}" for name, least in GATE.items() if cell[name]["mean"] < least
+    ]
+    if not missed:
+        return f"The recipe's gate ({asked}) is reached."
+    return (
+        f"**Below the recipe's gate** ({asked}): {', '.join(missed)}. Differences between settings are then "
+        "as likely to be this model's mistakes as anything else."
+    )
 
 
 def _estimates(

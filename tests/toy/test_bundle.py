@@ -106,7 +106,7 @@ def test_a_folder_of_that_name_comes_first(package, smoke_checkpoint):
 
 def test_the_wheel_takes_the_assets():
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    (pattern,) = settings["package-data"]["longlive_jax"]
+    (pattern,) = [p for p in settings["package-data"]["longlive_jax"] if p.startswith("assets")]
     place = checkpoint.BUNDLED["toy"].relative_to(ROOT / "longlive_jax") / bundle.CARD_FILE
     assert place.match(pattern)
 
@@ -195,6 +195,18 @@ def test_the_card_tells_what_was_trained_and_measured(measured, package, capsys)
     assert "| long | long, sink 0 | identity.size | 0.900 | 0.500 | +0.400 (+0.300 to +0.500) | 64 |" in text
     assert "- long and long, sink 0: flicker" in text
     assert "0.3 hours" in text
+    assert "gate** (colour 0.95, shape 0.85, motion 0.85, iou 0.65): colour 0.90." in text
+
+
+def test_the_card_says_when_the_gate_is_reached(measured, package, capsys):
+    good = {"mean": 0.96, "low": 0.95, "high": 0.97, "clips": 64}
+    measured["cells"] = {name: {**cell, "colour": good} for name, cell in measured["cells"].items()}
+    write_inputs(measured, {"long": report("long", "", stage="long")})
+    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 0
+    assert (
+        "gate (colour 0.95, shape 0.85, motion 0.85, iou 0.65) is reached"
+        in (package / bundle.CARD_FILE).read_text()
+    )
 
 
 def test_a_card_for_other_weights_is_refused(measured, smoke_checkpoint, package, capsys):
