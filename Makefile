@@ -31,8 +31,7 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --upgrade pip
 
 $(VENV)/.demo: pyproject.toml | $(BIN)/python
-	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[convert]"
+	$(BIN)/pip install --quiet --editable .
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml | $(BIN)/python
@@ -56,6 +55,9 @@ toy-bundle: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export \
 	  --compare float32=$(TOY)/$(lastword $(TOY_RUNS))/export
 	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs $(TOY)
+	$(BIN)/python examples/demo.py outputs/demo
+	mkdir -p docs/images
+	cp outputs/demo/demo.png docs/images/toy_demo.png
 
 test: lint $(VENV)/.dev
 	$(PYTEST)

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from examples import demo
 from longlive_jax import checkpoint, lora
 from longlive_jax.cli.main import main
 from longlive_jax.convert.inspect import inspect
@@ -118,6 +119,21 @@ def test_make_toy_runs_every_stage_after_the_one_it_begins_with():
     configs = [load_config(ROOT / f"configs/toy/{name}.py") for name in names]
     assert [config.run.folder for config in configs] == [f"runs/toy/{name}" for name in names]
     assert [config.base for config in configs] == ["", *(f"runs/toy/{name}/export" for name in names[:-1])]
+
+
+def test_the_demo_makes_its_video(package, smoke_checkpoint, capsys):
+    bundle.bundle(smoke_checkpoint(0))
+    assert demo.main(["out"]) == 0
+    out = capsys.readouterr().out
+    assert "out/demo.mp4, its contact sheet out/demo.png" in out
+    sidecar = json.loads(pathlib.Path("out/demo.json").read_text())
+    assert 15 <= sidecar["video"]["seconds"] < 15.2
+    assert sidecar["request"]["checkpoint"] == "toy"
+    segments = sidecar["request"]["story"]["segments"]
+    assert [segment["prompt"] for segment in segments] == list(demo.PROMPTS)
+    fps, stride = sidecar["config"]["video"]["fps"], 2  # of the smoke model
+    assert segments[1]["at_frame"] * stride / fps == pytest.approx(7.5, abs=0.2)
+    assert pathlib.Path("out/demo.png").stat().st_size > 1000
 
 
 # --- the card ---------------------------------------------------------------------------------------
