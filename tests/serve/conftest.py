@@ -1,5 +1,6 @@
 """A studio with drawn sessions, in this process and on a real port."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -9,7 +10,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from starlette.testclient import TestClient
+from starlette.testclient import TestClient, WebSocketTestSession
 
 from longlive_jax.serve import protocol, server, studio
 from longlive_jax.serve.app import create_app
@@ -29,6 +30,20 @@ def drawn_sessions(monkeypatch) -> Iterator[None]:
     drawn.DrawnSession.open.clear()
     yield
     wait_for(lambda: not drawn.DrawnSession.open)
+
+
+@pytest.fixture(autouse=True)
+def sockets_that_are_left(monkeypatch) -> None:
+    """On leaving a socket, starlette's test client cancels the task behind it in the same breath as it says
+    goodbye; the task is then done or cancelled, as it comes."""
+    leave = WebSocketTestSession.__exit__
+
+    def leaving(self: WebSocketTestSession, *error: Any) -> bool | None:
+        with contextlib.suppress(concurrent.futures.CancelledError):
+            return leave(self, *error)
+        return None
+
+    monkeypatch.setattr(WebSocketTestSession, "__exit__", leaving)
 
 
 def wait_for(condition: Callable[[], Any], *, seconds: float = 20.0) -> Any:
@@ -95,9 +110,8 @@ def connect(client) -> Iterator[Callable[..., Browser]]:
     with contextlib.ExitStack() as stack:
 
         def connecting(key: str = "", **headers: str) -> Browser:
-            return Browser(
-                stack.enter_context(client.websocket_connect("ws://localhost/ws", headers=headers)), key
-            )
+            socket = stack.enter_context(client.websocket_connect("ws://localhost/ws", headers=headers))
+            return Browser(socket, key)
 
         yield connecting
 
