@@ -15,6 +15,8 @@ from typing import Any
 
 from benchmarks import floors
 from longlive_jax.config import (
+    MIN_VAE_TILE,
+    TAEW2_1,
     WAN_1_3B,
     WAN_VAE,
     DType,
@@ -337,28 +339,43 @@ def length(suite: Suite) -> Iterator[dict[str, Any]]:
 
 
 def vae(suite: Suite) -> Iterator[dict[str, Any]]:
-    """Decoding one block of a running video to pixels."""
+    """Decoding one block of a running video to pixels: Wan's VAE, the same in tiles, and the small ones."""
     import jax
     import jax.numpy as jnp
 
-    from longlive_jax.models.vae import WanVAE, init_params
+    from longlive_jax.models.vae_families import init_params, make
 
-    rates, model = measured_rates(suite), WanVAE(suite.vae, dtype=jnp.dtype(suite.dtype))
-    params = jax.tree.map(lambda x: x.astype(suite.dtype), init_params(model, jax.random.key(0)))
-    decode = functools.partial(model.apply, method="decode_step")
+    rates = measured_rates(suite)
     latents = draw(0, (1, 3, *suite.size, suite.vae.z_dim), "float32")
-    state = model.init_decode_state(1, height=suite.size[0], width=suite.size[1])
-    _, state = jax.jit(decode)({"params": params}, state, latents)
-    work = floors.traced(decode, {"params": params}, state, latents)
-    run = jax.jit(decode)
-    seconds = median_seconds(lambda: run({"params": params}, state, latents), suite.repeats)
-    frames = 3 * suite.vae.temporal_stride
-    yield {
-        "case": "block",
-        "fps": round(frames / seconds, 2),
-        "peak_mib": peak_mib(),
-        **work.report(seconds, rates),
-    }
+    tile = max(MIN_VAE_TILE, suite.vae.spatial_stride * min(suite.size) // 2)
+    # As wide beside the suite's VAE as the released ones are beside Wan's.
+    light = dataclasses.replace(suite.vae, dim=suite.vae.dim // 4)
+    taehv = dataclasses.replace(TAEW2_1, dim=max(TAEW2_1.dim * suite.vae.dim // WAN_VAE.dim, 1))
+    cases = (
+        ("block", suite.vae, 0),
+        (f"block, tiles of {tile}", suite.vae, tile),
+        ("block, LightVAE", light, 0),
+        ("block, TAEHV", taehv, 0),
+    )
+    for case, config, tile in cases:
+        model = make(config, dtype=jnp.dtype(suite.dtype), tile=tile)
+        params = jax.tree.map(lambda x: x.astype(suite.dtype), init_params(model, jax.random.key(0)))
+        decode = functools.partial(model.apply, method="decode_step")
+        state = model.init_decode_state(1, height=suite.size[0], width=suite.size[1])
+        _, state = jax.jit(decode)({"params": params}, state, latents)
+        arguments = ({"params": params}, state, latents)
+        # The work of whole frames: what tiles compute twice is not work that had to be done.
+        whole = functools.partial(make(config, dtype=jnp.dtype(suite.dtype)).apply, method="decode_step")
+        work, run = floors.traced(whole, *arguments), jax.jit(decode).lower(*arguments).compile()
+        seconds = median_seconds(functools.partial(run, *arguments), suite.repeats)
+        frames = 3 * config.temporal_stride
+        yield {
+            "case": case,
+            "fps": round(frames / seconds, 2),
+            "temporary_mib": round(run.memory_analysis().temp_size_in_bytes / 2**20, 1),
+            "peak_mib": peak_mib(),
+            **work.report(seconds, rates),
+        }
 
 
 def end_to_end(suite: Suite) -> Iterator[dict[str, Any]]:

@@ -21,6 +21,8 @@ RematPolicy = Literal["none", "dots", "full"]
 AttentionImplementation = Literal["auto", "reference", "cudnn", "pallas_mosaic_gpu"]
 Recipe = Literal["none", "int8", "int8-rotated", "int8-weight-only", "fp8", "fp8-weight-only"]
 """How the transformer's linear layers are stored and multiplied; `longlive_jax.quantize.recipes`."""
+VAEFamily = Literal["wan", "taehv"]
+"""Architecture of the video autoencoder: Wan2.1's (LightVAE is a narrow one), or the tiny TAEHV."""
 CacheDType = Literal["same", "int8", "fp8"]
 """How keys and values are kept between blocks: as they are computed, or in 8 bits."""
 
@@ -152,16 +154,17 @@ class TextEncoderConfig:
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Shape of the causal Wan VAE and the statistics that normalise its latents.
+    """Shape of the causal Wan VAE, or of a small one for its latents, and the latents' statistics.
 
     Attributes:
-      dim: channels of the first level.
+      dim: channels of the first level (with TAEHV of all of the encoder's).
       z_dim: latent channels.
       dim_mult: channel multiplier per level; each level after the first halves rows and columns.
-      num_res_blocks: residual blocks per level in the encoder (the decoder has one more).
+      num_res_blocks: residual blocks per level in the encoder (the decoder has one more; not TAEHV's).
       temporal_downsample: for each of the len(dim_mult) - 1 downsamplings, whether it halves time too.
       latent_mean: per-channel mean; latents are (z - mean) / std.
       latent_std: per-channel standard deviation.
+      family: the architecture. TAEHV has normalised latents of its own accord and ignores the statistics.
     """
 
     dim: int = 96
@@ -171,6 +174,7 @@ class VAEConfig:
     temporal_downsample: tuple[bool, ...] = (False, True, True)
     latent_mean: tuple[float, ...] = WAN_LATENT_MEAN
     latent_std: tuple[float, ...] = WAN_LATENT_STD
+    family: VAEFamily = "wan"
 
     def __post_init__(self) -> None:
         _require_positive(self, "dim", "z_dim", "num_res_blocks")
@@ -303,13 +307,19 @@ class VideoConfig:
         _require_positive(self, "height", "width", "fps")
 
 
+MIN_VAE_TILE = 16
+"""Smaller tiles are mostly halo."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PipelineConfig:
     """Everything that decides what a prompt becomes, apart from the weights and the seed.
 
     `dtype` is the precision of the matrix products and activations; parameters keep the precision
     they are stored in. `quantization` says which of the transformer's layers are 8-bit numbers, and
-    `cache_dtype` whether the keys and values of earlier blocks are.
+    `cache_dtype` whether the keys and values of earlier blocks are. `vae_tile` makes the VAE decode in
+    squares of so many cells a side at every level of resolution (0: whole frames), for frames that do not
+    fit; the result is the same up to rounding.
     """
 
     name: str
@@ -324,8 +334,13 @@ class PipelineConfig:
     attention: AttentionImplementation = "auto"
     quantization: Recipe = "none"
     cache_dtype: CacheDType = "same"
+    vae_tile: int = 0
 
     def __post_init__(self) -> None:
+        require(
+            self.vae_tile == 0 or self.vae_tile >= MIN_VAE_TILE,
+            f"vae_tile={self.vae_tile} must be at least {MIN_VAE_TILE}, or 0 for whole frames",
+        )
         transformer, text = self.transformer, self.text_encoder
         require(
             (transformer.text_dim, transformer.text_len) == (text.dim, text.text_len),
@@ -359,6 +374,18 @@ WAN_1_3B = TransformerConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30
 WAN_14B = TransformerConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 UMT5_XXL = TextEncoderConfig()
 WAN_VAE = VAEConfig()
+LIGHT_VAE = VAEConfig(dim=24)
+"""LightVAE (`lightvaew2_1`): Wan's with three quarters of the channels pruned."""
+TAEW2_1 = VAEConfig(
+    dim=64,
+    dim_mult=(1, 1, 2, 4),
+    num_res_blocks=3,
+    temporal_downsample=(True, True, False),
+    latent_mean=(0.0,) * 16,
+    latent_std=(1.0,) * 16,
+    family="taehv",
+)
+"""TAEHV for the latents of Wan2.1."""
 
 _TINY_TEXT = TextEncoderConfig(
     vocab_size=64, dim=32, attn_dim=32, ffn_dim=64, num_heads=4, num_layers=2, text_len=16
@@ -408,6 +435,27 @@ def preset(name: str) -> PipelineConfig:
     if name not in PRESETS:
         raise UserError(f"preset={name!r} is unknown; choose one of {', '.join(PRESETS)}")
     return PRESETS[name]
+
+
+def with_vae(config: PipelineConfig, other: PipelineConfig, name: str) -> PipelineConfig:
+    """`config` with the VAE of another one.
+
+    Args:
+      config: of the model that generates.
+      other: of the checkpoint that the VAE is taken from.
+      name: of that checkpoint, for the error.
+
+    Raises:
+      UserError: it is for other latents.
+    """
+    for setting in ("z_dim", "spatial_stride", "temporal_stride"):
+        ours, theirs = (getattr(each.vae, setting) for each in (config, other))
+        require(
+            ours == theirs,
+            f"vae={name}: its {setting} is {theirs} and the model's is {ours}; give an autoencoder made for "
+            "this model",
+        )
+    return dataclasses.replace(config, vae=other.vae)
 
 
 # --- dictionaries and dotted overrides ------------------------------------------------------------

@@ -20,7 +20,7 @@ from jax.extend import core as jex
 from longlive_jax.config import DType, PipelineConfig
 from longlive_jax.errors import UserError
 from longlive_jax.inference import pipeline, rollout
-from longlive_jax.models import text_encoder, transformer, vae
+from longlive_jax.models import text_encoder, transformer, vae_families
 
 Measure: TypeAlias = Callable[..., int]
 """`(function, *arguments, donated=...)` to bytes of working memory."""
@@ -207,8 +207,8 @@ def _transformer_rows(
 def _vae_rows(
     config: PipelineConfig, measure: Measure, *, batch: int, latent_size: tuple[int, int]
 ) -> dict[str, int]:
-    module = pipeline.vae_of(config)
-    params = _shapes(vae.init_params, module)
+    module = pipeline.decoder_of(config)
+    params = _shapes(vae_families.init_params, module)
     shape = (batch, config.window.block_frames, *latent_size, config.vae.z_dim)
     latents = jax.ShapeDtypeStruct(shape, jnp.float32)
 

@@ -15,7 +15,17 @@ PACKAGES = ("jax", "jaxlib", "flax", "numpy", "av", "pillow", "tokenizers", "saf
 """Distributions whose versions may change a result."""
 
 # The sections of the config that describe how to generate; the others describe the weights.
-_GENERATION = ("window", "sampler", "switch", "video", "dtype", "attention", "quantization", "cache_dtype")
+_GENERATION = (
+    "window",
+    "sampler",
+    "switch",
+    "video",
+    "dtype",
+    "attention",
+    "quantization",
+    "cache_dtype",
+    "vae_tile",
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +37,14 @@ class Origin:
       weights: the `weights` argument of `Pipeline.load`.
       use_lora: the `use_lora` argument of `Pipeline.load`.
       fingerprints: content ids of its parts.
+      vae: the checkpoint that the VAE was taken from instead.
     """
 
     checkpoint: str
     weights: str
     use_lora: bool
     fingerprints: Mapping[str, str]
+    vae: str | None = None
 
 
 def versions() -> dict[str, str]:
@@ -52,13 +64,11 @@ def place(path: pathlib.Path) -> str:
     return names[0] if names else os.path.abspath(path)
 
 
-def fingerprints(checkpoint: Checkpoint) -> dict[str, str]:
-    """Content ids of the parts that decide a video."""
-    return {
-        part: checkpoint.fingerprint(part)
-        for part in ("transformer", "transformer_ema", "lora", "text_encoder", "vae")
-        if part in checkpoint.parts
-    }
+def fingerprints(checkpoint: Checkpoint, *, vae: Checkpoint | None = None) -> dict[str, str]:
+    """Content ids of the parts that decide a video; `vae` is where another VAE comes from."""
+    origins = dict.fromkeys(("transformer", "transformer_ema", "lora", "text_encoder"), checkpoint)
+    origins["vae"] = vae or checkpoint
+    return {part: origin.fingerprint(part) for part, origin in origins.items() if part in origin.parts}
 
 
 def generation_settings(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def _request(arguments: argparse.Namespace, settings: dict[str, Any]) -> "Reques
     from longlive_jax.cli import request as requests
 
     overrides = {**settings, **options.overrides(arguments)}
-    checkpoint, config = requests.open_config(arguments.checkpoint, overrides)
+    checkpoint, config = requests.open_config(arguments.checkpoint, overrides, vae=arguments.vae)
     return requests.Request(
         checkpoint=checkpoint,
         config=config,
@@ -214,6 +214,7 @@ def _request(arguments: argparse.Namespace, settings: dict[str, Any]) -> "Reques
         width=arguments.width or config.video.width,
         weights=arguments.weights or "auto",
         use_lora=arguments.lora is not False,
+        vae=None if arguments.vae is None else requests.open_checkpoint(arguments.vae),
     )
 
 
@@ -288,6 +289,7 @@ def _load(request: "Request", arguments: argparse.Namespace) -> "Pipeline":
         weights=request.weights,  # type: ignore[arg-type]
         use_lora=request.use_lora,
         text_device=arguments.text_device or "default",
+        vae=None if request.vae is None else request.vae.path,
     )
 
 

@@ -139,8 +139,9 @@ def _opened(arguments: argparse.Namespace, status: LiveStatus) -> Iterator["Sess
             yield session
         return
     overrides = {"window.rope": "relative"} | options.overrides(arguments)
-    checkpoint, config = requests.open_config(arguments.checkpoint, overrides)
-    checkpoint.part_file("vae")
+    checkpoint, config = requests.open_config(arguments.checkpoint, overrides, vae=arguments.vae)
+    if arguments.vae is None:
+        checkpoint.part_file("vae")
     blocks = None
     if arguments.seconds:
         frames = stories_lib.frames_from_seconds(arguments.seconds, vae=config.vae, fps=config.video.fps)
@@ -163,6 +164,7 @@ def _load(arguments: argparse.Namespace, overrides: dict[str, Any]) -> "Pipeline
         weights=arguments.weights or "auto",
         use_lora=arguments.lora is not False,
         text_device=arguments.text_device or "default",
+        vae=arguments.vae,
     )
 
 

@@ -21,6 +21,7 @@ _SETTINGS = {
     "keep_sink": "switch.keep_sink",
     "fps": "video.fps",
     "dtype": "dtype",
+    "vae_tile": "vae_tile",
 }
 
 
@@ -53,6 +54,18 @@ def add_how(group: Any) -> None:
     group.add_argument("--keep-sink", action=boolean, help="leave the sink alone when the cache is rebuilt")
     group.add_argument("--fps", type=int, metavar="N", help="frames per second of the file")
     group.add_argument("--dtype", choices=get_args(DType), help="precision of the computation")
+    group.add_argument(
+        "--vae",
+        metavar="DIR",
+        help="decode with the autoencoder of another checkpoint, e.g. a small one's: `longlive convert "
+        "taew2_1.pth DIR` or `lightvaew2_1.safetensors DIR` (default: the checkpoint's own)",
+    )
+    group.add_argument(
+        "--vae-tile",
+        type=int,
+        metavar="N",
+        help="decode in squares of N pixels, for frames that do not fit in memory; the video is the same",
+    )
     group.add_argument(
         "--weights", choices=("auto", "transformer", "transformer_ema"), help="which weights (default: auto)"
     )

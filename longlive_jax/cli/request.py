@@ -40,6 +40,7 @@ class Request:
       width: pixels.
       weights: which weights of the checkpoint, see `Pipeline.load`.
       use_lora: whether a LoRA kept apart is used.
+      vae: another checkpoint that the autoencoder comes from.
     """
 
     checkpoint: Checkpoint
@@ -52,6 +53,7 @@ class Request:
     width: int
     weights: str = "auto"
     use_lora: bool = True
+    vae: Checkpoint | None = None
 
     def __post_init__(self) -> None:
         config = self.config
@@ -73,14 +75,24 @@ class Request:
         wanted = "transformer" if self.weights == "auto" else self.weights
         if self.weights == "auto" and "transformer" not in self.checkpoint.parts:
             wanted = "transformer_ema"
-        for part in [wanted, *(["vae"] if needs_vae else [])]:
-            self.checkpoint.part_file(part)
+        self.checkpoint.part_file(wanted)
+        if needs_vae:
+            (self.vae or self.checkpoint).part_file("vae")
 
 
-def open_config(path: str, overrides: Mapping[str, Any]) -> tuple[Checkpoint, PipelineConfig]:
-    """Opens a checkpoint (its config.json alone) and resolves its config."""
+def open_config(
+    path: str, overrides: Mapping[str, Any], *, vae: str | None = None
+) -> tuple[Checkpoint, PipelineConfig]:
+    """Opens a checkpoint (its config.json alone) and resolves its config.
+
+    Args:
+      path: the checkpoint.
+      overrides: dotted settings.
+      vae: another checkpoint whose autoencoder is used.
+    """
     checkpoint = open_checkpoint(path)
-    return checkpoint, configs.override(checkpoint.config, overrides)
+    config = configs.override(checkpoint.config, overrides)
+    return checkpoint, config if vae is None else configs.with_vae(config, open_checkpoint(vae).config, vae)
 
 
 def default_frames(config: PipelineConfig, *, frames: int | None, seconds: float | None) -> int:
@@ -118,6 +130,7 @@ def write_sidecar(
                 "checkpoint": place(checkpoint.path),
                 "weights": request.weights,
                 "use_lora": request.use_lora,
+                "vae": None if request.vae is None else place(request.vae.path),
                 "story": stories_lib.to_dict(request.stories[index]),
                 "frames": request.frames,
                 "seed": request.seed + index,
@@ -126,7 +139,7 @@ def write_sidecar(
                 "overrides": dict(request.overrides),
             },
             "config": configs.to_dict(request.config),
-            "weights": fingerprints(checkpoint),
+            "weights": fingerprints(checkpoint, vae=request.vae),
             "versions": {"longlive-jax": longlive_jax.__version__, **versions()},
             "timings": dict(timings),
         },
@@ -155,7 +168,8 @@ def read_sidecar(path: str, *, checkpoint: str | None) -> tuple[Request, list[st
         recorded, config = values["request"], values["config"]
         overrides = generation_settings(config)
         folder = checkpoint or recorded["checkpoint"]
-        opened, resolved = open_config(folder, overrides)
+        small = recorded.get("vae")  # younger than some sidecars
+        opened, resolved = open_config(folder, overrides, vae=small)
         vae, fps = resolved.vae, resolved.video.fps
         story = stories_lib.from_dict(recorded["story"], vae=vae, fps=fps)
         request = Request(
@@ -163,9 +177,10 @@ def read_sidecar(path: str, *, checkpoint: str | None) -> tuple[Request, list[st
             config=resolved,
             overrides=overrides,
             stories=(story,),
+            vae=None if small is None else open_checkpoint(small),
             **{k: recorded[k] for k in ("frames", "seed", "height", "width", "weights", "use_lora")},
         )
-        remarks = differences(values, fingerprints(opened), resolved)
+        remarks = differences(values, fingerprints(opened, vae=request.vae), resolved)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"from={path} is damaged: {type(error).__name__} {error}; generate anew") from error
     if checkpoint is None and remarks:

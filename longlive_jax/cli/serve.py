@@ -100,8 +100,9 @@ def run(arguments: argparse.Namespace) -> int:
     config = serve_config(arguments)
     require(bool(arguments.checkpoint), "--checkpoint is missing; make one with `longlive setup`")
     overrides = {"window.rope": "relative"} | options.overrides(arguments)
-    checkpoint, model = requests.open_config(arguments.checkpoint, overrides)
-    checkpoint.part_file("vae")
+    checkpoint, model = requests.open_config(arguments.checkpoint, overrides, vae=arguments.vae)
+    if arguments.vae is None:
+        checkpoint.part_file("vae")
     check_start(model, "a prompt", seed=0, height=None, width=None)
     with server.bind(config) as taken, options.device_memory():
         if arguments.compile_cache is not False:
@@ -114,6 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
             weights=arguments.weights or "auto",
             use_lora=arguments.lora is not False,
             text_device=arguments.text_device or "default",
+            vae=arguments.vae,
         )
         place = server.address(config, taken.getsockname()[1])
         server.run(pipe, config, taken, lambda: print(f"the studio is open: {place}", flush=True))

@@ -23,6 +23,7 @@ _SIGNATURES: Mapping[tuple[str, str], re.Pattern[str]] = {
     ("text_encoder", "wan"): re.compile(r"^blocks\.\d+\.(attn\.[qkvo]|ffn\.(gate|fc[12]))\."),
     ("text_encoder", "transformers"): re.compile(r"^encoder\.block\.\d+\."),
     ("vae", "wan"): re.compile(r"^(encoder\.downsamples|decoder\.upsamples)\."),
+    ("vae", "taehv"): re.compile(r"^decoder\.\d+\.conv\.\d+\."),
     ("vae", "diffusers"): re.compile(r"^(encoder\.down_blocks|decoder\.up_blocks)\."),
 }
 
@@ -47,7 +48,7 @@ class Found:
 
     Attributes:
       part: "transformer", "vae", ... (see `longlive_jax.checkpoint.PARTS`).
-      layout: whose names: "wan", "diffusers", "transformers" or "peft".
+      layout: whose names: "wan", "diffusers", "transformers", "taehv" or "peft".
       origin: file and entry, for messages.
       tensors: by the name that the layout's key table uses.
       settings: the config.json beside the file, empty if there is none.

@@ -11,7 +11,7 @@ import numpy as np
 from longlive_jax import storage
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
 from longlive_jax.config import TransformerConfig
-from longlive_jax.convert import keys_text_encoder, keys_transformer, keys_vae
+from longlive_jax.convert import keys_text_encoder, keys_tiny_vae, keys_transformer, keys_vae
 from longlive_jax.convert.readers import import_torch
 from longlive_jax.convert.reports import ExportReport, PartReport
 from longlive_jax.convert.table import Table
@@ -23,6 +23,7 @@ Layout = Literal["longlive", "longlive-ema", "lora", "wan"]
 
 _WAN_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _WAN_VAE = "Wan2.1_VAE.pth"
+_TINY_VAE = "taew2_1.pth"
 _WAN_TEXT_ENCODER = "models_t5_umt5-xxl-enc-bf16.pth"
 _WAN_TOKENIZER = "google/umt5-xxl/tokenizer.json"
 
@@ -123,7 +124,8 @@ def _export_wan(checkpoint: Checkpoint, target: pathlib.Path, *, overwrite: bool
                 count = _stream_transformer(checkpoint, folder / _WAN_WEIGHTS)
                 files.append(_WAN_WEIGHTS)
             else:
-                name = _WAN_VAE if part == "vae" else _WAN_TEXT_ENCODER
+                vae = _TINY_VAE if checkpoint.config.vae.family == "taehv" else _WAN_VAE
+                name = vae if part == "vae" else _WAN_TEXT_ENCODER
                 contents = _state_dict(checkpoint, part)
                 count = len(contents)
                 _save_torch(contents, folder / name)
@@ -190,7 +192,7 @@ def _stream_transformer(checkpoint: Checkpoint, path: pathlib.Path) -> int:
 def _table(checkpoint: Checkpoint, part: str, file: TensorFile) -> Table:
     config = checkpoint.config
     if part == "vae":
-        return keys_vae.table(config.vae)
+        return (keys_tiny_vae if config.vae.family == "taehv" else keys_vae).table(config.vae)
     if part == "text_encoder":
         return keys_text_encoder.table(config.text_encoder)
     if part in ("lora", "critic_lora"):

@@ -199,6 +199,8 @@ def vae_config(
     found: Found, *, preset: VAEConfig | None = None, overrides: Mapping[str, Any] = MappingProxyType({})
 ) -> VAEConfig:
     """The VAE's config: the walk over the encoder's levels gives their widths and strides."""
+    if found.layout == "taehv":
+        return configs.override(_tiny_vae_config(found), overrides)
     pattern, block_name = _VAE_LEVELS[found.layout]
     names = ("encoder.conv1", "conv2") if found.layout == "wan" else ("encoder.conv_in", "post_quant_conv")
     dim, z_dim = (_shape(found, f"{name}.weight", 5)[0] for name in names)
@@ -231,6 +233,43 @@ def vae_config(
     statistics = _kept(preset, ("latent_mean", "latent_std"))
     values = {**statistics, **settings, **seen}
     return configs.override(configs.from_dict(VAEConfig, values, where=found.origin), overrides)
+
+
+def _tiny_vae_config(found: Found) -> VAEConfig:
+    """TAEHV's config: the memory blocks of the decoder stand in runs, one per level, see `keys_tiny_vae`."""
+    memory = re.compile(r"^decoder\.(\d+)\.conv\.0\.weight$")
+    indices = sorted(int(match.group(1)) for match in map(memory.match, found.tensors) if match)
+    require(len(indices) > 0, f"{found.origin}: has no memory blocks of the kind that is read; give taew2_1")
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    require(
+        len({len(run) for run in runs}) == 1,
+        f"{found.origin}: levels of {[len(run) for run in runs]} blocks; only a regular TAEHV is read",
+    )
+    dim, colours, *_ = _shape(found, "encoder.0.weight", 4)
+    z_dim = _shape(found, "decoder.1.weight", 4)[1]
+    grown = [_shape(found, f"decoder.{run[-1] + 2}.conv.weight", 4) for run in runs]
+    widths = [inputs for _, inputs, *_ in grown]
+    widths.append(_shape(found, f"decoder.{runs[-1][-1] + 3}.weight", 4)[0])
+    require(
+        colours == 3 and dim > 0 and all(width % dim == 0 for width in widths),
+        f"{found.origin}: reads {colours} colours with {dim} channels and has levels of widths {widths}; the "
+        "TAEHV that is read is taew2_1",
+    )
+    return VAEConfig(
+        dim=dim,
+        z_dim=z_dim,
+        dim_mult=tuple(width // dim for width in reversed(widths)),
+        num_res_blocks=len(runs[0]),
+        temporal_downsample=tuple(outputs == 2 * inputs for outputs, inputs, *_ in reversed(grown)),
+        latent_mean=(0.0,) * z_dim,
+        latent_std=(1.0,) * z_dim,
+        family="taehv",
+    )
 
 
 class _Shapes:

@@ -13,7 +13,7 @@ from longlive_jax.storage import PathLike
 _SHAPE_NAMES = {
     "transformer": ("dim", "ffn_dim", "num_heads", "num_layers", "text_dim", "text_len"),
     "text_encoder": ("vocab_size", "dim", "ffn_dim", "num_heads", "num_layers"),
-    "vae": ("dim", "z_dim", "dim_mult", "temporal_downsample"),
+    "vae": ("family", "dim", "z_dim", "dim_mult", "temporal_downsample"),
 }
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from longlive_jax.checkpoint import name_some
 from longlive_jax.config import PipelineConfig
-from longlive_jax.convert import keys_text_encoder, keys_transformer, keys_vae, shapes
+from longlive_jax.convert import keys_text_encoder, keys_tiny_vae, keys_transformer, keys_vae, shapes
 from longlive_jax.convert.detect import Found, lora_rank
 from longlive_jax.convert.readers import LazyTensor
 from longlive_jax.convert.table import Table
@@ -22,6 +22,7 @@ _TABLES: Mapping[str, Callable[[PipelineConfig], Table]] = {
     "text_encoder transformers": lambda config: keys_text_encoder.transformers_table(config.text_encoder),
     "vae wan": lambda config: keys_vae.table(config.vae),
     "vae diffusers": lambda config: keys_vae.diffusers_table(config.vae),
+    "vae taehv": lambda config: keys_tiny_vae.table(config.vae),
 }
 
 

@@ -17,7 +17,7 @@ import jax
 from longlive_jax import lora, storage, user_cache
 from longlive_jax.checkpoint import flatten, unflatten
 from longlive_jax.config import PipelineConfig, to_dict
-from longlive_jax.models import text_encoder, transformer, vae
+from longlive_jax.models import text_encoder, transformer, vae_families
 from longlive_jax.storage import Spec
 from longlive_jax.types import Params
 
@@ -68,7 +68,8 @@ def _traced(part: str, config: PipelineConfig) -> Params:
         ids = jax.ShapeDtypeStruct((1, 1), "int32")
         return jax.eval_shape(module.init, key, ids)["params"]
     if part == "vae":
-        return jax.eval_shape(functools.partial(vae.init_params, vae.WanVAE(config.vae)), key)
+        autoencoder = vae_families.make(config.vae)
+        return jax.eval_shape(functools.partial(vae_families.init_params, autoencoder), key)
     if part in ("transformer", "transformer_ema", "critic"):
         model = transformer.Transformer(config.transformer)
         return jax.eval_shape(functools.partial(transformer.init_params, model), key)

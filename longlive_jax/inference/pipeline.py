@@ -30,7 +30,7 @@ from longlive_jax import lora, video
 from longlive_jax.config import PipelineConfig, SwitchConfig
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.diffusion import noise
-from longlive_jax.errors import require
+from longlive_jax.errors import UserError, require
 from longlive_jax.inference import rollout
 from longlive_jax.inference.prompts import Device, PromptEncoder, PromptSource
 from longlive_jax.inference.story import (
@@ -42,10 +42,11 @@ from longlive_jax.inference.story import (
     effective_frame,
 )
 from longlive_jax.inference.switching import PromptTrack, switch_prompts
-from longlive_jax.models import rope
+from longlive_jax.models import rope, vae_families
 from longlive_jax.models import transformer as transformer_lib
 from longlive_jax.models import vae as vae_lib
 from longlive_jax.models.text_encoder import TextEncoder
+from longlive_jax.models.tiny_vae import TinyVAE
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE
@@ -147,6 +148,7 @@ class Pipeline:
         weights: Weights = "auto",
         use_lora: bool = True,
         text_device: Device = "default",
+        vae: str | os.PathLike[str] | None = None,
     ) -> "Pipeline":
         """Opens a checkpoint directory and loads what generation needs.
 
@@ -160,19 +162,32 @@ class Pipeline:
           weights: "transformer", "transformer_ema", or "auto" for the first of these that is there.
           use_lora: add a LoRA that the checkpoint keeps apart.
           text_device: where the text encoder runs, "default" or "cpu".
+          vae: another checkpoint directory to take the VAE from, e.g. a small one's (`longlive convert
+            taew2_1.pth checkpoints/taew2_1`).
 
         Raises:
           UserError: the checkpoint or an override is not usable.
         """
         opened = checkpoint_lib.open_checkpoint(path)
         config = config_lib.override(opened.config, overrides or {})
+        decoder = opened
+        if vae is not None:
+            decoder = checkpoint_lib.open_checkpoint(vae)
+            decoder.part_file("vae")
+            config = config_lib.with_vae(config, decoder.config, str(decoder.path))
         part = _choose_weights(opened, weights)
         params = _load_transformer(opened, part, config, use_lora=use_lora)
         vae_params = None
-        if "vae" in opened.parts:
+        if "vae" in decoder.parts:
             expected = expected_tree("vae", config)
-            vae_params = jax.tree.map(jnp.asarray, opened.load("vae", dtype=config.dtype, expect=expected))
-        origin = Origin(place(opened.path), weights, use_lora, fingerprints(opened))
+            vae_params = jax.tree.map(jnp.asarray, decoder.load("vae", dtype=config.dtype, expect=expected))
+        origin = Origin(
+            place(opened.path),
+            weights,
+            use_lora,
+            fingerprints(opened, vae=decoder),
+            vae=None if vae is None else place(decoder.path),
+        )
         return cls(config, params, vae_params, _prompt_source(opened, config, device=text_device), origin)
 
     @functools.cached_property
@@ -180,8 +195,8 @@ class Pipeline:
         return transformer_of(self.config)
 
     @functools.cached_property
-    def vae(self) -> WanVAE:
-        return vae_of(self.config)
+    def vae(self) -> WanVAE | TinyVAE:
+        return decoder_of(self.config)
 
     @functools.cached_property
     def generator(self) -> rollout.Generator:
@@ -464,9 +479,21 @@ def transformer_of(config: PipelineConfig) -> Transformer:
     return quantized(module, config.quantization)
 
 
+def decoder_of(config: PipelineConfig) -> WanVAE | TinyVAE:
+    """The flax module of a config's VAE, of either family, as generation uses it."""
+    return vae_families.make(config.vae, dtype=jnp.dtype(config.dtype), tile=config.vae_tile)
+
+
 def vae_of(config: PipelineConfig) -> WanVAE:
-    """The flax module of a config's VAE."""
-    return WanVAE(config.vae, dtype=jnp.dtype(config.dtype))
+    """The flax module of a config's Wan VAE, as training needs it.
+
+    Raises:
+      UserError: the config has another autoencoder.
+    """
+    module = decoder_of(config)
+    if isinstance(module, WanVAE):
+        return module
+    raise UserError(f"vae.family={config.vae.family!r} decodes only; this needs the Wan VAE")
 
 
 def text_encoder_of(config: PipelineConfig) -> TextEncoder:
@@ -525,7 +552,9 @@ def _prompt_source(
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _decode(vae: WanVAE, params: Params, state: vae_lib.State, latents: Array) -> tuple[Array, vae_lib.State]:
+def _decode(
+    vae: WanVAE | TinyVAE, params: Params, state: vae_lib.State, latents: Array
+) -> tuple[Array, vae_lib.State]:
     """Decodes a block to uint8 pixels."""
     pixels, state = vae.apply({"params": params}, state, latents, method="decode_step")
     return jnp.round((pixels + 1) * 127.5).astype(jnp.uint8), state

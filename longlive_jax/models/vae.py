@@ -29,6 +29,7 @@ import jax.numpy as jnp
 from longlive_jax.config import VAEConfig
 from longlive_jax.errors import require
 from longlive_jax.models import vae_layers as layers
+from longlive_jax.models.vae_tiling import tiled
 from longlive_jax.types import Array, Params, PRNGKey
 
 State: TypeAlias = Any
@@ -95,11 +96,14 @@ class WanVAE(nn.Module):
 
     Attributes:
       config: shapes and latent statistics.
+      tile: rows and columns of activations that a layer of the decoder works on at once; 0 for whole frames.
+        It changes the memory and the order of sums only, see `vae_tiling`.
       dtype: of the computation; results are float32 in any case.
       param_dtype: of the parameters.
     """
 
     config: VAEConfig
+    tile: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -108,7 +112,7 @@ class WanVAE(nn.Module):
         self.encoder = Encoder(self.config, **dtypes)
         self.quant = nn.Dense(2 * self.config.z_dim, **dtypes)
         self.post_quant = nn.Dense(self.config.z_dim, **dtypes)
-        self.decoder = Decoder(self.config, **dtypes)
+        self.decoder = Decoder(self.config, self.tile, **dtypes)
 
     def __call__(self, video: Array) -> Array:
         """Encodes and decodes `video` [B, V, Y, X, 3]; the result may lack the frames `encode` drops."""
@@ -258,6 +262,7 @@ class Decoder(nn.Module):
     """One latent frame to video frames."""
 
     config: VAEConfig
+    tile: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -268,13 +273,15 @@ class Decoder(nn.Module):
         levels = decoder_levels(self.config)
         new: State = {}
         conv_in = layers.CausalConv(levels[0].in_features, name="conv_in", **dtypes)
-        x, new["conv_in"] = conv_in(x, state["conv_in"])
-        x, new["mid"] = layers.Middle(levels[0].in_features, name="mid", **dtypes)(x, state["mid"])
+        x, new["conv_in"] = tiled(conv_in, x, state["conv_in"], tile=self.tile, halo=conv_in.HALO)
+        middle = layers.Middle(levels[0].in_features, self.tile, name="mid", **dtypes)
+        x, new["mid"] = middle(x, state["mid"])
         for i, level in enumerate(levels):
-            stage = Stage(level, layers.Upsample, name=f"up_{i}", **dtypes)
+            stage = Stage(level, layers.Upsample, self.tile, name=f"up_{i}", **dtypes)
             x, new[f"up_{i}"] = stage(x, state[f"up_{i}"])
         x = nn.silu(layers.ChannelNorm(name="norm_out", **dtypes)(x))
-        x, new["conv_out"] = layers.CausalConv(3, name="conv_out", **dtypes)(x, state["conv_out"])
+        conv_out = layers.CausalConv(3, name="conv_out", **dtypes)
+        x, new["conv_out"] = tiled(conv_out, x, state["conv_out"], tile=self.tile, halo=conv_out.HALO)
         return x, new
 
 
@@ -284,12 +291,14 @@ class Stage(nn.Module):
     Attributes:
       level: widths and what follows.
       resampler: `Downsample` or `Upsample`.
+      tile: rows and columns worked on at once, 0 for all; of the decoder only.
       dtype: of the computation.
       param_dtype: of the parameters.
     """
 
     level: Level
     resampler: type[layers.Downsample] | type[layers.Upsample]
+    tile: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -300,10 +309,11 @@ class Stage(nn.Module):
         new: State = {}
         for i in range(self.level.blocks):
             block = layers.ResBlock(self.level.features, name=f"res_{i}", **dtypes)
-            x, new[f"res_{i}"] = block(x, state[f"res_{i}"])
+            x, new[f"res_{i}"] = tiled(block, x, state[f"res_{i}"], tile=self.tile, halo=block.HALO)
         if self.level.resamples:
             resample = self.resampler(self.level.temporal, name="resample", **dtypes)
-            x, new["resample"] = resample(x, state["resample"])
+            halo = layers.Upsample.HALO  # nothing that downsamples is tiled
+            x, new["resample"] = tiled(resample, x, state["resample"], tile=self.tile, halo=halo)
         return x, new
 
 

@@ -12,13 +12,15 @@ at this level's resolution, D channels. Statistics of norms and of softmax are f
 Source: Wan2.1 `wan/modules/vae.py` (RMS_norm, CausalConv3d, ResidualBlock, AttentionBlock, Resample).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from longlive_jax.models.vae_tiling import tiled
 from longlive_jax.types import Array
 
 HISTORY_FRAMES = 2
@@ -56,6 +58,8 @@ class CausalConv(nn.Module):
       dtype: of the computation.
       param_dtype: of the parameters.
     """
+
+    HALO: ClassVar[int] = 1
 
     features: int
     dtype: Any = jnp.float32
@@ -111,6 +115,8 @@ class TemporalConv(nn.Module):
 class ResBlock(nn.Module):
     """norm, SiLU, conv, twice, beside a shortcut that is linear where the width changes."""
 
+    HALO: ClassVar[int] = 2
+
     features: int
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -131,8 +137,15 @@ class ResBlock(nn.Module):
 
 
 class FrameAttention(nn.Module):
-    """Single-head self-attention among the positions of one frame, with a residual connection."""
+    """Single-head self-attention among the positions of one frame, with a residual connection.
 
+    Attributes:
+      max_logits: logits of one frame held at once, by taking the queries in groups; 0 for all.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
+
+    max_logits: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -143,18 +156,45 @@ class FrameAttention(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         normed = ChannelNorm(name="norm", **dtypes)(x).reshape(batch, frames, rows * columns, features)
         query, key, value = jnp.split(nn.Dense(3 * features, name="qkv", **dtypes)(normed), 3, axis=-1)
-        logits = jnp.einsum("btqd,btkd->btqk", query, key, preferred_element_type=jnp.float32)
-        weights = jax.nn.softmax(logits * features**-0.5, axis=-1).astype(self.dtype)
-        mixed = jnp.einsum("btqk,btkd->btqd", weights, value)
+
+        def attend(queries: Array) -> Array:
+            logits = jnp.einsum("btqd,btkd->btqk", queries, key, preferred_element_type=jnp.float32)
+            weights = jax.nn.softmax(logits * features**-0.5, axis=-1).astype(self.dtype)
+            return jnp.einsum("btqk,btkd->btqd", weights, value)
+
+        mixed = _in_groups(attend, query, size=self.max_logits // (rows * columns) if self.max_logits else 0)
         # Zero at first, as in the release: a new block starts as the identity.
         out = nn.Dense(features, kernel_init=nn.initializers.zeros, name="proj", **dtypes)(mixed)
         return x + out.reshape(x.shape)
 
 
+def _in_groups(attend: Callable[[Array], Array], query: Array, *, size: int) -> Array:
+    """`attend(query)` [B, T, Q, D] in groups of `size` queries, which do not depend on each other."""
+    count = query.shape[2]
+    if size == 0 or size >= count:
+        return attend(query)
+    # The last group is moved back to be a whole one.
+    starts = jnp.minimum(jnp.arange(0, count, size), count - size)
+
+    def visit(mixed: Array, start: Array) -> tuple[Array, None]:
+        found = attend(lax.dynamic_slice_in_dim(query, start, size, axis=2))
+        return lax.dynamic_update_slice_in_dim(mixed, found, start, axis=2), None
+
+    return lax.scan(visit, jnp.zeros_like(query), starts)[0]
+
+
 class Middle(nn.Module):
-    """ResBlock, attention, ResBlock at the latent resolution."""
+    """ResBlock, attention, ResBlock at the latent resolution.
+
+    Attributes:
+      features: channels.
+      tile: rows and columns worked on at once, 0 for all. The attention sees the whole frame in any case.
+      dtype: of the computation.
+      param_dtype: of the parameters.
+    """
 
     features: int
+    tile: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
 
@@ -163,9 +203,13 @@ class Middle(nn.Module):
         """Maps [B, T, h, w, features] to the same shape."""
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         new = {}
-        x, new["res_0"] = ResBlock(self.features, name="res_0", **dtypes)(x, history["res_0"])
-        x = FrameAttention(name="attention", **dtypes)(x)
-        x, new["res_1"] = ResBlock(self.features, name="res_1", **dtypes)(x, history["res_1"])
+        for i in range(2):
+            block = ResBlock(self.features, name=f"res_{i}", **dtypes)
+            x, new[f"res_{i}"] = tiled(block, x, history[f"res_{i}"], tile=self.tile, halo=ResBlock.HALO)
+            if i == 0:
+                # As many numbers as the widest layer's window holds.
+                max_logits = max(self.tile * self.tile * self.features, x.shape[2] * x.shape[3])
+                x = FrameAttention(max_logits if self.tile else 0, name="attention", **dtypes)(x)
         return x, new
 
 
@@ -202,6 +246,8 @@ class Downsample(nn.Module):
 class Upsample(nn.Module):
     """Doubles rows and columns, halves the channels; doubles the frame rate first where `temporal`."""
 
+    HALO: ClassVar[int] = 1
+
     temporal: bool
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -224,7 +270,7 @@ class Upsample(nn.Module):
             frames = jnp.concatenate([history, x], axis=1)  # [B, 2 + T, y, x, D]
             new = frames[:, -HISTORY_FRAMES:]
             x = TemporalConv(2 * x.shape[-1], name="time_conv", **dtypes)(frames)
-            x = _interleave_frames(x)
+            x = interleave_frames(x)
         x = jnp.repeat(jnp.repeat(x, 2, axis=2), 2, axis=3)  # [B, T, 2y, 2x, D]
         return nn.Conv(x.shape[-1] // 2, (3, 3), padding=1, name="conv", **dtypes)(x), new
 
@@ -310,7 +356,7 @@ def _convolve_images(frames: Array, kernel: Array) -> Array:
     return images.reshape(batch, length, *images.shape[1:])
 
 
-def _interleave_frames(x: Array) -> Array:
+def interleave_frames(x: Array) -> Array:
     """[B, T, y, x, 2 D] -> [B, 2 T, y, x, D]: the first half of the channels is the earlier frame."""
     batch, frames, rows, columns, channels = x.shape
     x = x.reshape(batch, frames, rows, columns, 2, channels // 2)

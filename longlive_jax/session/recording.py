@@ -153,6 +153,7 @@ class Recording:
                 overrides=settings,
                 weights=self.origin.weights,  # type: ignore[arg-type]
                 use_lora=self.origin.use_lora,
+                vae=self.origin.vae,
             )
         else:
             raise UserError(f"session={path} was not made from a checkpoint; give the pipeline")
