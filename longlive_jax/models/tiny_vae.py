@@ -9,7 +9,6 @@ of `models.vae.WanVAE`; `VAEConfig.family` says which of the two a config means.
 Source: madebyollin/taehv `taehv.py` (TAEHV, MemBlock, TPool, TGrow; the weights `taew2_1`).
 """
 
-import functools
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -195,8 +194,8 @@ class TinyEncoder(nn.Module):
         for level, temporal in enumerate(self.config.temporal_downsample):
             x = _stack_frames(x, 1 + temporal)
             x = nn.Dense(features, use_bias=False, name=f"down_{level}_pool", **dtypes)(x)
-            conv = functools.partial(nn.Conv, strides=2, padding=1, use_bias=False, **dtypes)
-            x = conv(features, (3, 3), name=f"down_{level}_conv")(x)
+            name = f"down_{level}_conv"
+            x = nn.Conv(features, (3, 3), strides=2, padding=1, use_bias=False, name=name, **dtypes)(x)
             for i in range(self.config.num_res_blocks):
                 block = MemoryBlock(features, name=f"down_{level}_memory_{i}", **dtypes)
                 x, _ = block(x, jnp.zeros_like(x[:, :1]))

@@ -115,6 +115,19 @@ def test_a_kept_lora_changes_the_video_and_can_be_left_out(tiny_checkpoint, tmp_
     jax.tree.map(np.testing.assert_array_equal, plain.params, pipe.params)
 
 
+def test_the_next_block_is_handed_over_before_the_last_one_is_fetched():
+    events = []
+
+    def blocks():
+        for i in range(3):
+            events.append(f"hand over {i}")
+            yield i
+
+    for i in one_ahead(blocks()):
+        events.append(f"fetch {i}")
+    assert events == ["hand over 0", "hand over 1", "fetch 0", "hand over 2", "fetch 1", "fetch 2"]
+
+
 def test_a_checkpoint_without_a_vae_still_gives_latents(tiny_checkpoint, tmp_path, pipe):
     opened = checkpoint.open_checkpoint(tiny_checkpoint)
     with checkpoint.create(tmp_path / "latents", opened.config, source={}) as out:
