@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from longlive_jax import Pipeline, PromptSwitch, Story, UserError, checkpoint
+from longlive_jax.inference.pipeline import one_ahead
 from longlive_jax.video import read_video
 
 PROMPT, OTHER = "a red circle moves left", "a blue square stays on a dark background"
