@@ -27,6 +27,7 @@ _IN_PLACE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call"),
     *("scatter", "dynamic-update-slice", "copy-done", "optimization-barrier", "opt-barrier", "partition-id"),
 }
+_COLLECTIVES = {"all-gather", "all-reduce", "all-to-all", "reduce-scatter", "collective-permute"}
 _TRANSFERS = {"infeed", "outfeed", "send", "recv", "send-done", "recv-done"}
 _HOST_CALL = re.compile(r'custom_call_target="[^"]*(?:callback|host)[^"]*"', re.IGNORECASE)
 _HOST_MEMORY = re.compile(r"\{[^}]*S\(5\)")
@@ -67,12 +68,14 @@ class Audit:
     Attributes:
       copies: instructions that make a large array out of another one without computing anything.
       host_transfers: instructions that talk to the host.
+      collectives: instructions that exchange arrays between devices.
       temporary_bytes: memory the program needs beside its arguments and results.
       temporaries: the arrays that computations make, largest first, one for each shape and operation.
     """
 
     copies: tuple[Instruction, ...]
     host_transfers: tuple[Instruction, ...]
+    collectives: tuple[Instruction, ...]
     temporary_bytes: int
     temporaries: tuple[Instruction, ...]
 
@@ -82,6 +85,8 @@ class Audit:
             *(f"  {x.op} {x.shape} {x.source}" for x in self.copies),
             f"host transfers: {len(self.host_transfers)}",
             *(f"  {x.op} {x.source}" for x in self.host_transfers),
+            f"exchanges between devices: {len(self.collectives)}",
+            *(f"  {x.op} {x.shape} {x.source}" for x in self.collectives),
             f"temporary memory: {self.temporary_bytes / 2**20:.1f} MiB",
             "largest temporaries:",
             *(f"  {x.size / 2**20:8.1f} MiB  {x.op:20} {x.shape}  {x.source}" for x in self.temporaries),
@@ -104,6 +109,7 @@ def audit(compiled: Any, *, large: int, count: int = 10) -> Audit:
     return Audit(
         copies=tuple(x for x, _ in found if x.op in _COPIES and x.elements >= large),
         host_transfers=tuple(x for x, line in found if _is_transfer(x, line)),
+        collectives=tuple(x for x, _ in found if x.op.removesuffix("-start") in _COLLECTIVES),
         temporary_bytes=analysis.temp_size_in_bytes,
         temporaries=tuple(reversed(kinds.values()))[:count],
     )

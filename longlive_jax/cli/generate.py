@@ -60,7 +60,10 @@ prompt files:
 _DEFAULT_FOLDER = "outputs"
 # What may stand beside --from, which records everything else.
 _BESIDE_FROM = frozenset(
-    ("sidecar", "checkpoint", "out", "latents", "sheet", "overwrite", "text_device", "compile_cache", "quiet")
+    (
+        *("sidecar", "checkpoint", "out", "latents", "sheet", "overwrite"),
+        *("text_device", "compile_cache", "quiet", "devices"),
+    )
 )
 
 
@@ -74,6 +77,12 @@ def add_command(commands: Any) -> None:
     options.add_how(parser.add_argument_group("how (defaults: as the checkpoint says)"))
     machine = parser.add_argument_group("machine")
     machine.add_argument("--batch", type=int, metavar="N", help="videos made side by side (default: 1)")
+    machine.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="devices to spread over: the videos of a batch first, then each video (default: 1)",
+    )
     options.add_machine(machine)
     parser.set_defaults(run=run, parser=parser)
 
@@ -144,6 +153,9 @@ def run(arguments: argparse.Namespace) -> None:
         request = _request(arguments, settings)
     targets = _targets(arguments, request)
     request.check_parts(needs_vae=any(not target.is_latents_only for target in targets))
+    sharing = _sharing(request, arguments)
+    if sharing and not arguments.quiet:
+        note(sharing)
     if arguments.compile_cache is not False:
         options.enable_compile_cache()
     _generate(request, targets, arguments)
@@ -169,7 +181,7 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
         sources = [name for name in ("prompts", "prompt_file") if name in given]
         require(len(sources) == 1, "give either --prompt or --prompt-file")
     require(not {"frames", "seconds"} <= given, "give either --frames or --seconds, not both")
-    for name in ("frames", "height", "width", "batch", "fps"):
+    for name in ("frames", "height", "width", "batch", "devices", "fps"):
         value = getattr(arguments, name)
         require(value is None or value > 0, f"--{name}={value} must be positive")
     if arguments.out and not arguments.out.endswith(outputs.LATENTS_SUFFIX):
@@ -249,6 +261,23 @@ def _targets(arguments: argparse.Namespace, request: "Request") -> list[Target]:
     return targets
 
 
+def _sharing(request: "Request", arguments: argparse.Namespace) -> str | None:
+    """How --devices share the work, and what they exchange; refuses what cannot be shared."""
+    devices = arguments.devices or 1
+    if devices == 1:
+        return None
+    from longlive_jax.inference import parallel
+
+    parallel.available(devices)
+    config, count, batch = request.config, len(request.stories), arguments.batch or 1
+    size = config.latent_size(request.height, request.width)
+    lines = []
+    for rows in dict.fromkeys((min(batch, count), count % batch or batch)):  # the last batch may be smaller
+        layout = parallel.layout_of(config, devices=devices, batch=rows, latent_size=size)
+        lines.append(parallel.describe(config, layout, batch=rows, latent_size=size))
+    return lines[0]
+
+
 def _generate(request: "Request", targets: Sequence[Target], arguments: argparse.Namespace) -> None:
     for target in targets:  # checked: every other folder is there
         pathlib.Path(target.out).parent.mkdir(exist_ok=True)
@@ -283,7 +312,7 @@ def _generate(request: "Request", targets: Sequence[Target], arguments: argparse
 def _load(request: "Request", arguments: argparse.Namespace) -> "Pipeline":
     from longlive_jax.inference.pipeline import Pipeline
 
-    return Pipeline.load(
+    pipe = Pipeline.load(
         request.checkpoint.path,
         overrides=request.overrides,
         weights=request.weights,  # type: ignore[arg-type]
@@ -291,6 +320,7 @@ def _load(request: "Request", arguments: argparse.Namespace) -> "Pipeline":
         text_device=arguments.text_device or "default",
         vae=None if request.vae is None else request.vae.path,
     )
+    return pipe.over(arguments.devices) if (arguments.devices or 1) > 1 else pipe
 
 
 def _stream(

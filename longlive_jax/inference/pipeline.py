@@ -31,7 +31,7 @@ from longlive_jax.config import PipelineConfig, SwitchConfig
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.diffusion import noise
 from longlive_jax.errors import UserError, require
-from longlive_jax.inference import rollout
+from longlive_jax.inference import parallel, rollout
 from longlive_jax.inference.prompts import Device, PromptEncoder, PromptSource
 from longlive_jax.inference.story import (
     PromptSwitch,
@@ -131,6 +131,7 @@ class Pipeline:
       vae_params: the VAE's parameters; None generates latents only (`stream_latents`).
       encode_prompts: prompts to embeddings `[B, M, text_dim]`.
       origin: the checkpoint all this was loaded from, if it was.
+      devices: how many devices a call is spread over; see `over`.
     """
 
     config: PipelineConfig
@@ -138,6 +139,7 @@ class Pipeline:
     vae_params: Params | None
     encode_prompts: Callable[[Sequence[str]], Array]
     origin: Origin | None = None
+    devices: int = 1
 
     @classmethod
     def load(
@@ -202,9 +204,26 @@ class Pipeline:
     def generator(self) -> rollout.Generator:
         """The rollout this pipeline runs, for use with `longlive_jax.inference.rollout`."""
         config = self.config
-        return rollout.Generator(
-            self.transformer, config.window, config.sampler, cache_dtype=config.cache_dtype
-        )
+        parts = (self.transformer, config.window, config.sampler)
+        if self.devices == 1:
+            return rollout.Generator(*parts, cache_dtype=config.cache_dtype)
+        found = parallel.available(self.devices)
+        return parallel.SpreadGenerator(*parts, cache_dtype=config.cache_dtype, devices=found)
+
+    def over(self, devices: int) -> "Pipeline":
+        """The same pipeline over several devices of this process: `pipe.over(devices=8)`.
+
+        Videos of a call go to different devices first; what is left of these shares each video, by heads and
+        by tokens (`inference.parallel`). The VAE stays on the first device.
+
+        Args:
+          devices: how many; every one gets a copy of the transformer.
+
+        Raises:
+          UserError: there are fewer.
+        """
+        params = parallel.replicate(self.params, parallel.available(devices))
+        return dataclasses.replace(self, params=params, devices=devices)
 
     def __call__(
         self,
@@ -292,6 +311,9 @@ class Pipeline:
           decodes: whether blocks are decoded to pixels.
         """
         rows, columns = self._size(height, width)
+        if self.devices > 1:
+            batch = text.shape[0]  # refuses what does not fit
+            parallel.layout_of(self.config, devices=self.devices, batch=batch, latent_size=(rows, columns))
         with self._precision():
             state = rollout.init(
                 self.generator,
@@ -338,6 +360,8 @@ class Pipeline:
             generated, latents = rollout.step(self.generator, self.params, state.rollout)
             # A cut's gap is over with its block; without it the next ones run the plain programs again.
             generated = dataclasses.replace(generated, gap=None)
+            if self.devices > 1:  # to where the VAE is
+                latents = jax.device_put(latents, parallel.available(1)[0])
             if state.decoder is None:
                 return StreamState(generated, None), latents, None
             pixels, decoder = _decode(self.vae, self.vae_params, state.decoder, latents)

@@ -32,6 +32,7 @@ from longlive_jax.ops.windowed_attention import (
     clip_attention,
     windowed_attention,
 )
+from longlive_jax.ops.windowed_attention.spread import Spread, spread_attention
 from longlive_jax.types import Array, Params, PRNGKey, pytree
 
 gelu_tanh = functools.partial(nn.gelu, approximate=True)
@@ -87,6 +88,7 @@ class Block(nn.Module):
     attention: AttentionImplementation
     batch_sharding: jax.sharding.Sharding | None = None
     rope_jitter: float = 0.0
+    spread: Spread | None = None
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -118,7 +120,8 @@ class Block(nn.Module):
           layer: int32 scalar, this layer's number; only with `cached`.
 
         Returns:
-          The new `x` and this layer's keys and values, `[B, F, P, N, H]`.
+          The new `x` and this layer's keys and values, `[B, F, P, N, H]`. Of a spread model `x` is this
+          device's tokens, and the keys and values are its part of the cache.
         """
         config = self.config
         if cached is not None:
@@ -132,6 +135,10 @@ class Block(nn.Module):
         key = rope.rotate(key, rotation)
         if isinstance(context, ClipContext):
             y = clip_attention(query, key, value, context, implementation=self.attention)
+        elif self.spread is not None:
+            y, key, value = spread_attention(
+                query, key, value, context, spread=self.spread, implementation=self.attention
+            )
         else:
             y = windowed_attention(
                 *(_tokens(a) for a in (query, key, value)),
@@ -185,6 +192,8 @@ class Transformer(nn.Module):
         instead of the weights.
       rope_jitter: spread of the heads' temporal rotary bases, see `rope.jittered_frame_angles`; 0 is the
         model as it was trained.
+      spread: None, or how the devices of a `jax.shard_map` share each video: inputs and the velocity are
+        whole on each, the context and the returned keys and values are its part.
     """
 
     config: TransformerConfig
@@ -194,6 +203,7 @@ class Transformer(nn.Module):
     remat: RematPolicy = "none"
     batch_sharding: jax.sharding.Sharding | None = None
     rope_jitter: float = 0.0
+    spread: Spread | None = None
 
     def setup(self) -> None:
         config, types = self.config, (self.dtype, self.param_dtype)
@@ -203,7 +213,7 @@ class Transformer(nn.Module):
         self.time_embed = MLP(config.dim, config.dim, nn.silu, *types)
         self.time_proj = dense(6 * config.dim)
         self.blocks = _scanned_block(config.num_layers, self.remat)(
-            config, *types, self.attention, self.batch_sharding
+            config, *types, self.attention, self.batch_sharding, spread=self.spread
         )
         self.head = Head(config, *types)
 
@@ -238,6 +248,8 @@ class Transformer(nn.Module):
             positions, height, width, config.head_dim, heads=config.num_heads, jitter=self.rope_jitter
         )
         patches = rearrange(latents, "b f (h q) (w r) c -> b f (h w) (q r c)", q=rows, r=columns)
+        if self.spread is not None:
+            patches, rotation = self.spread.share((patches, rotation), axis=2)
         x = _split(self.patch_embed(patches.astype(self.dtype)), self.batch_sharding)  # [B, F, P, D]
         embedding = timestep_embedding(timesteps, config.freq_dim).astype(self.dtype)
         time = self.time_embed(embedding)  # [B, F, D]
@@ -250,6 +262,8 @@ class Transformer(nn.Module):
         of_layer = _per_layer(context, config.num_layers)
         x, own = self.blocks(x, projected, rotation, text, of_layer, cached, layers)
         patches = self.head(x, time).astype(jnp.float32)
+        if self.spread is not None:
+            patches = self.spread.whole(patches, axis=2)
         output = rearrange(patches, "b f (h w) (q r c) -> b f (h q) (w r) c", h=height, q=rows, r=columns)
         return self._velocity(output, latents, timesteps), own
 

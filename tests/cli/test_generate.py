@@ -118,6 +118,16 @@ def test_prompt_files_give_numbered_videos_whatever_the_batch(longlive, tiny):
     np.testing.assert_allclose(np.load("one.npy"), np.load("l-1.npy"), atol=1e-4)
 
 
+def test_two_devices_make_the_video_of_one_and_say_what_they_exchange(longlive, tiny, refused):
+    words = ("generate", "--checkpoint", tiny, *SMALL[:-1], "--prompt", "a red fox")
+    one = longlive(*words, "--quiet", "--out", "one.npy")
+    two = longlive(*words, "--devices", 2, "--out", "two.npy")
+    assert (one.status, two.status) == (0, 0), two.err
+    assert "2 devices: 2 (heads); each receives 0.1 MB per block from the others" in two.err
+    np.testing.assert_allclose(np.load("two.npy"), np.load("one.npy"), atol=1e-4)
+    assert "devices=4: the 6 tokens of a frame cannot be split 4 ways" in refused(*words, "--devices", 4)
+
+
 def test_jsonl_and_default_names(longlive, tiny):
     line = {
         "segments": [

@@ -110,7 +110,8 @@ def windowed_attention_lse(
     """
     require(implementation != "cudnn", "attention='cudnn' gives no log-sum-exp; use 'pallas_mosaic_gpu'")
     if implementation == "auto":
-        implementation = "reference" if _obstacle("pallas_mosaic_gpu", query) else "pallas_mosaic_gpu"
+        fits = _obstacle("pallas_mosaic_gpu", query) is None and _cached_tokens(context) % 8 == 0
+        implementation = "pallas_mosaic_gpu" if fits else "reference"
     return _attend(query, key, value, context, choose(query, implementation))
 
 
@@ -138,6 +139,11 @@ def _obstacle(implementation: AttentionImplementation, query: Array) -> str | No
     if implementation == "pallas_mosaic_gpu":
         return _pallas().obstacle(query, platform=platform)
     return None
+
+
+def _cached_tokens(context: CachedContext | None) -> int:
+    """K of a context that a kernel would read in place; 0 for one that is made dense first."""
+    return 0 if context is None or isinstance(context.key, Quantized) else context.key.shape[-3]
 
 
 def _pallas() -> Any:
