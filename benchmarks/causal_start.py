@@ -18,12 +18,12 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import common, toy_model
+from benchmarks import toy_model
 from benchmarks.toy_model import MODEL, Cell, Progress, Settings
 from longlive_jax import storage
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
-from longlive_jax.config import to_dict
-from longlive_jax.errors import UserError, require
+from longlive_jax.config_dict import to_dict
+from longlive_jax.errors import require
 from longlive_jax.toy import evaluation
 from longlive_jax.training.metrics import REPORT_FILE
 
@@ -111,31 +111,14 @@ def format_result(result: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _named(text: str) -> tuple[str, str]:
-    name, equals, path = text.partition("=")
-    if not (name and equals and path):
-        raise argparse.ArgumentTypeError(f"{text!r} must be NAME=EXPORT")
-    return name, path
-
-
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = toy_model.parser_of(__doc__, name="causal_start", clips=64, seeds=(101, 102), frames=21)
+    parser.add_argument(
+        "exports", type=toy_model.named, nargs="+", metavar="NAME=CHECKPOINT", help="two exports or more"
     )
-    parser.add_argument("exports", type=_named, nargs="+", metavar="NAME=EXPORT", help="two or more")
-    parser.add_argument("--clips", type=int, default=64, help="clips per seed (default: 64)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102], help="default: 101 102")
-    parser.add_argument("--batch", type=int, default=16, help="clips side by side (default: 16)")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames of a clip (default: 21)")
-    parser.add_argument("--json", type=pathlib.Path, default=common.RESULTS / "causal_start.json")
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     arguments = parser.parse_args(words)
-    try:
-        result = run(arguments)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_json(arguments.json, {"machine": common.machine(), **result})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    result = toy_model.finish(arguments, run)
+    if result is None:
         return 2
     print(f"{format_result(result)}\n\n{arguments.json}")
     return 0

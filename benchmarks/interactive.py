@@ -24,7 +24,8 @@ import numpy as np
 
 from benchmarks import common
 from longlive_jax.cli.common import setting
-from longlive_jax.config import PipelineConfig, SwitchConfig, SwitchPolicy, override, preset
+from longlive_jax.config import PipelineConfig, SwitchConfig, SwitchPolicy, preset
+from longlive_jax.config_dict import override
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.inference.story import frames_from_seconds

@@ -15,7 +15,6 @@ from there.
 import argparse
 import dataclasses
 import itertools
-import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,12 +22,11 @@ from typing import Any, get_args
 
 import numpy as np
 
-from benchmarks import common, toy_model
+from benchmarks import toy_model
 from benchmarks.toy_model import Cell, Progress, Settings
-from longlive_jax import storage
 from longlive_jax.checkpoint import open_checkpoint
 from longlive_jax.config import DType
-from longlive_jax.errors import UserError, require
+from longlive_jax.errors import require
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.toy import evaluation
 
@@ -185,29 +183,20 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = toy_model.parser_of(__doc__, name="quantize_quality", clips=32, seeds=(101, 102, 103), frames=60)
+    toy_model.add_long(parser, name="quantize_quality")
+    parser.add_argument(
+        "checkpoint", metavar="CHECKPOINT", nargs="?", default="toy", help="what is quantised"
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", nargs="?", default="toy", help="default: toy")
-    parser.add_argument("--recipes", nargs="+", choices=(*RECIPES, "fp8-weight-only"), default=RECIPES)
-    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES[:2], help="default: same int8")
-    parser.add_argument("--dtype", choices=get_args(DType), default="bfloat16", help="default: bfloat16")
-    parser.add_argument("--clips", type=int, default=32, help="clips per cell and seed (default: 32)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102, 103])
-    parser.add_argument("--batch", type=int, default=16, help="clips side by side (default: 16)")
-    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="lengths (default: both)")
-    parser.add_argument("--frames", type=int, default=60, help="latent frames of the clips")
-    parser.add_argument("--long-frames", type=int, default=240, help="latent frames of the long clips")
-    parser.add_argument("--json", type=pathlib.Path, default=common.RESULTS / "quantize_quality.json")
-    parser.add_argument("--cells", type=pathlib.Path, default=pathlib.Path("outputs/quantize_quality"))
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    parser.add_argument(
+        "--recipes", nargs="+", choices=(*RECIPES, "fp8-weight-only"), default=RECIPES, help="of the weights"
+    )
+    parser.add_argument("--caches", nargs="+", choices=CACHES, default=CACHES[:2], help="kinds of cache")
+    parser.add_argument("--dtype", choices=get_args(DType), default="bfloat16", help="of the full precision")
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="lengths")
     arguments = parser.parse_args(words)
-    try:
-        result = run(arguments)
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        storage.write_json(arguments.json, {"machine": common.machine(), **result})
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+    result = toy_model.finish(arguments, run)
+    if result is None:
         return 2
     if set(arguments.only) == set(KINDS):
         print(table_of(result["differences"], result["cells"]))

@@ -24,8 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common
-from longlive_jax.config import PRESETS, PipelineConfig, override
-from longlive_jax.inference.pipeline import Pipeline, transformer_of, vae_of
+from longlive_jax.config import PRESETS, PipelineConfig
+from longlive_jax.config_dict import override
+from longlive_jax.inference.parts import transformer_of, vae_of
+from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.memory import tree_bytes
 from longlive_jax.models import transformer as transformer_lib
 from longlive_jax.models import vae as vae_lib

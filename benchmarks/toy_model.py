@@ -19,7 +19,7 @@ import json
 import pathlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -27,7 +27,8 @@ import numpy as np
 from benchmarks import common
 from longlive_jax import storage, toy
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
-from longlive_jax.config import PipelineConfig, SwitchPolicy, override, to_dict
+from longlive_jax.config import PipelineConfig, SwitchPolicy
+from longlive_jax.config_dict import override, to_dict
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.inference.story import PromptSwitch, Story
@@ -433,38 +434,71 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _named(text: str) -> tuple[str, str]:
+def parser_of(
+    description: str | None, *, name: str, clips: int, seeds: Sequence[int], frames: int
+) -> argparse.ArgumentParser:
+    """The options of every script that measures videos of the toy world.
+
+    Args:
+      description: of the script.
+      name: of its result.
+      clips: default number of clips per cell and seed.
+      seeds: default seeds.
+      frames: default length in latent frames.
+    """
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--clips", type=int, default=clips, help="clips per cell and seed")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(seeds), help="of scenes and noise")
+    parser.add_argument("--batch", type=int, default=16, help="clips side by side")
+    parser.add_argument("--frames", type=int, default=frames, help="latent frames of the clips")
+    parser.add_argument("--json", type=pathlib.Path, default=common.RESULTS / f"{name}.json", help="result")
+    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
+    return parser
+
+
+def add_long(parser: argparse.ArgumentParser, *, name: str) -> None:
+    """Adds what the scripts share that measure long clips too, and store every cell."""
+    parser.add_argument("--long-frames", type=int, default=240, help="latent frames of the long clips")
+    cells = pathlib.Path("outputs") / name
+    parser.add_argument("--cells", type=pathlib.Path, default=cells, help="where finished cells are kept")
+
+
+def named(text: str) -> tuple[str, str]:
+    """NAME=CHECKPOINT of a command line."""
     name, equals, path = text.partition("=")
     if not (name and equals and path):
         raise argparse.ArgumentTypeError(f"{text!r} must be NAME=CHECKPOINT")
     return name, path
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or toy")
-    parser.add_argument("--compare", type=_named, action="append", default=[], metavar="NAME=CHECKPOINT")
-    parser.add_argument("--clips", type=int, default=32, help="clips per cell and seed (default: 32)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[101, 102], help="default: 101 102")
-    parser.add_argument("--batch", type=int, default=16, help="clips side by side (default: 16)")
-    parser.add_argument(
-        "--only", choices=KINDS, nargs="+", default=KINDS, help="kinds of cells (default: all)"
-    )
-    parser.add_argument("--frames", type=int, default=60, help="latent frames of the clips")
-    parser.add_argument("--long-frames", type=int, default=240, help="latent frames of the long clips")
-    parser.add_argument("--switch-frames", type=int, default=48, help="latent frames around a switch")
-    parser.add_argument("--json", type=pathlib.Path, default=common.RESULTS / "toy_model.json")
-    parser.add_argument("--cells", type=pathlib.Path, default=pathlib.Path("outputs/toy_model"))
-    parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
-    arguments = parser.parse_args(words)
+def finish(
+    arguments: argparse.Namespace, run: Callable[[argparse.Namespace], dict[str, Any]]
+) -> dict[str, Any] | None:
+    """Runs and stores the result with the machine's description; None after an error in one line."""
     try:
         result = run(arguments)
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         storage.write_json(arguments.json, {"machine": common.machine(), **result})
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return None
+    return result
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = parser_of(__doc__, name="toy_model", clips=32, seeds=(101, 102), frames=60)
+    add_long(parser, name="toy_model")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or toy")
+    parser.add_argument(
+        "--compare", type=named, action="append", default=[], metavar="NAME=CHECKPOINT", help="repeatable"
+    )
+    parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="kinds of cells")
+    parser.add_argument("--switch-frames", type=int, default=48, help="latent frames around a switch")
+    arguments = parser.parse_args(words)
+    result = finish(arguments, run)
+    if result is None:
         return 2
     print(format_estimates(result["cells"]))
     print(f"\n{format_differences(result['differences'])}")

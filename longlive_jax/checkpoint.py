@@ -19,7 +19,8 @@ from typing import Any
 import numpy as np
 
 from longlive_jax import storage
-from longlive_jax.config import PipelineConfig, from_dict, to_dict
+from longlive_jax.config import PipelineConfig
+from longlive_jax.config_dict import from_dict, to_dict
 from longlive_jax.errors import UserError, require
 from longlive_jax.storage import PathLike, Spec
 from longlive_jax.types import Params

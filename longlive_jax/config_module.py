@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import types
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +20,13 @@ def load(path: str | pathlib.Path, expected: type[Any], *, example: str) -> Any:
     Raises:
       UserError: there is no such file, it fails, or it returns something else.
     """
+    return load_with_module(path, expected, example=example)[0]
+
+
+def load_with_module(
+    path: str | pathlib.Path, expected: type[Any], *, example: str
+) -> tuple[Any, types.ModuleType]:
+    """As `load`, with the module, for what else the file defines."""
     path = pathlib.Path(path)
     require(path.is_file() and path.suffix == ".py", f"config={path} is no Python file; try {example}")
     spec = importlib.util.spec_from_file_location(f"longlive_config_{path.stem}", path)
@@ -37,7 +45,7 @@ def load(path: str | pathlib.Path, expected: type[Any], *, example: str) -> Any:
         isinstance(config, expected),
         f"config={path}: get_config() must return a {expected.__module__}.{expected.__name__}",
     )
-    return config
+    return config, module
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -19,7 +19,7 @@ from jax.extend import core as jex
 
 from longlive_jax.config import DType, PipelineConfig
 from longlive_jax.errors import UserError
-from longlive_jax.inference import pipeline, rollout
+from longlive_jax.inference import parts, rollout
 from longlive_jax.models import text_encoder, transformer, vae_families
 
 Measure: TypeAlias = Callable[..., int]
@@ -176,7 +176,7 @@ def cache_bytes(
 
 
 def _text_encoder_rows(config: PipelineConfig, measure: Measure) -> dict[str, int]:
-    module = pipeline.text_encoder_of(config)
+    module = parts.text_encoder_of(config)
     params = _shapes(text_encoder.init_params, module)
     ids = jax.ShapeDtypeStruct((1, config.text_encoder.text_len), jnp.int32)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -187,7 +187,7 @@ def _text_encoder_rows(config: PipelineConfig, measure: Measure) -> dict[str, in
 def _transformer_rows(
     config: PipelineConfig, measure: Measure, *, batch: int, latent_size: tuple[int, int], frames: int | None
 ) -> dict[str, int]:
-    shape, module = config.transformer, pipeline.transformer_of(config)
+    shape, module = config.transformer, parts.transformer_of(config)
     generator = rollout.Generator(module, config.window, config.sampler, cache_dtype=config.cache_dtype)
     params = _shapes(transformer.init_params, module)
     text = jax.ShapeDtypeStruct((batch, shape.text_len, shape.text_dim), jnp.dtype(config.dtype))
@@ -207,7 +207,7 @@ def _transformer_rows(
 def _vae_rows(
     config: PipelineConfig, measure: Measure, *, batch: int, latent_size: tuple[int, int]
 ) -> dict[str, int]:
-    module = pipeline.decoder_of(config)
+    module = parts.decoder_of(config)
     params = _shapes(vae_families.init_params, module)
     shape = (batch, config.window.block_frames, *latent_size, config.vae.z_dim)
     latents = jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from longlive_jax import config as config_lib
+from longlive_jax import config_dict
 from longlive_jax.checkpoint import BUNDLED, Checkpoint
 from longlive_jax.config import PipelineConfig
 
@@ -98,6 +98,6 @@ def differences(
         for part, digest in fingerprints.items()
         if recorded["weights"].get(part) != digest
     ]
-    if config_lib.from_dict(PipelineConfig, recorded["config"]) != config:
+    if config_dict.from_dict(PipelineConfig, recorded["config"]) != config:
         found.append("the model has another shape than the one recorded")
     return found

@@ -19,11 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax import checkpoint as checkpoint_lib
-from longlive_jax import config as config_lib
+from longlive_jax import config_dict
 from longlive_jax.config import PipelineConfig
 from longlive_jax.diffusion import noise as noise_lib
 from longlive_jax.errors import UserError, require
-from longlive_jax.inference import pipeline, rollout
+from longlive_jax.inference import parts, pipeline, rollout
 from longlive_jax.inference.story import effective_frame
 from longlive_jax.inference.switching import switch_prompts
 from longlive_jax.models import text_encoder as text_encoder_lib
@@ -120,7 +120,7 @@ def verify(
       UserError: the file is no recording, or a case does not fit the checkpoint.
     """
     opened = checkpoint_lib.open_checkpoint(checkpoint)
-    config = config_lib.override(opened.config, overrides or {})
+    config = config_dict.override(opened.config, overrides or {})
     cases = read_recording(recording)
     models = _Models(opened, config)
     return [_compare(models, name, arrays, tolerance) for name, arrays in cases.items()]
@@ -145,7 +145,7 @@ def verify_layers(
       UserError: nothing is quantised, the reference is, or the two are of different shapes.
     """
     overrides = dict(overrides or {})
-    config = config_lib.override(checkpoint_lib.open_checkpoint(checkpoint).config, overrides)
+    config = config_dict.override(checkpoint_lib.open_checkpoint(checkpoint).config, overrides)
     require(
         config.quantization != "none",
         f"{checkpoint} is not quantised; add --set quantization=int8, or name a quantised checkpoint",
@@ -265,7 +265,7 @@ class _Models:
         return Tokenizer.from_file(self._opened.tokenizer_path, self.config.text_encoder)
 
     def embed(self, ids: np.ndarray, lengths: np.ndarray) -> Array:
-        module = pipeline.text_encoder_of(self.config)
+        module = parts.text_encoder_of(self.config)
         params = self._opened.load("text_encoder", dtype=self.config.dtype)
         return text_encoder_lib.embed(module, params, ids=ids, lengths=lengths)
 

@@ -19,7 +19,7 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
     from longlive_jax import checkpoint
     from longlive_jax.config import preset
-    from longlive_jax.inference import pipeline
+    from longlive_jax.inference import parts
     from longlive_jax.models import text_encoder, transformer, vae
     from longlive_jax.models.tokenizer import train_word_tokenizer
 
@@ -40,9 +40,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     words = ["a red circle moves left right", "a blue square stays on a dark background"]
     tokenizer = train_word_tokenizer(words, vocab_size=64, path=folder / "tokenizer.json")
     with checkpoint.create(folder / "tiny", config, source={"made_for": "tests"}) as out:
-        out.add_tree("transformer", drawn(transformer.init_params, pipeline.transformer_of(config)))
-        out.add_tree("text_encoder", drawn(text_encoder.init_params, pipeline.text_encoder_of(config)))
-        out.add_tree("vae", drawn(vae.init_params, pipeline.vae_of(config)))
+        out.add_tree("transformer", drawn(transformer.init_params, parts.transformer_of(config)))
+        out.add_tree("text_encoder", drawn(text_encoder.init_params, parts.text_encoder_of(config)))
+        out.add_tree("vae", drawn(vae.init_params, parts.vae_of(config)))
         out.add_tokenizer(tokenizer)
     return folder / "tiny"
 

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import pytest
 
 from longlive_jax import cache, memory
-from longlive_jax.config import PRESETS, WAN_VAE, WindowConfig, override
+from longlive_jax.config import PRESETS, WAN_VAE, WindowConfig
+from longlive_jax.config_dict import override
 from longlive_jax.errors import UserError
 from longlive_jax.models.vae import WanVAE, init_params
 

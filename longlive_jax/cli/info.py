@@ -113,7 +113,7 @@ def _run_memory(arguments: argparse.Namespace) -> None:
         value = getattr(arguments, name)
         require(value is None or value > 0, f"--{name}={value} must be positive")
     from longlive_jax import memory
-    from longlive_jax.config import override
+    from longlive_jax.config_dict import override
 
     config = override(model_config(arguments.model), dict(arguments.settings))
     print(

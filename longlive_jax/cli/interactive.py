@@ -10,13 +10,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TextIO
 
 from longlive_jax import video as video_lib
-from longlive_jax.cli import options, outputs
+from longlive_jax.cli import live, options, outputs
 from longlive_jax.cli.common import Interruption, note, setting
 from longlive_jax.cli.progress import LiveStatus
 from longlive_jax.errors import UserError, require
 
 if TYPE_CHECKING:
-    from longlive_jax.inference.pipeline import Pipeline
     from longlive_jax.session import Session
 
 _DESCRIPTION = """\
@@ -124,7 +123,6 @@ def _check_arguments(arguments: argparse.Namespace) -> None:
 @contextlib.contextmanager
 def _opened(arguments: argparse.Namespace, status: LiveStatus) -> Iterator["Session"]:
     """Loads the model and begins the session, or the replay of one."""
-    from longlive_jax.cli import request as requests
     from longlive_jax.inference import story as stories_lib
     from longlive_jax.session import Recording, Session
     from longlive_jax.session.turn import check_start
@@ -133,15 +131,13 @@ def _opened(arguments: argparse.Namespace, status: LiveStatus) -> Iterator["Sess
         status.stage(f"loading {arguments.replay}")
         for remark in Recording.read(arguments.replay).remarks():
             note(f"warning: {remark}; frames may differ by rounding")
-        pipe = None if not arguments.checkpoint else _load(arguments, {})
+        pipe = None if not arguments.checkpoint else live.load(arguments, {})
         with Session.load(arguments.replay, pipe) as session:
             session.limit = session.recorded_blocks
             yield session
         return
-    overrides = {"window.rope": "relative"} | options.overrides(arguments)
-    checkpoint, config = requests.open_config(arguments.checkpoint, overrides, vae=arguments.vae)
-    if arguments.vae is None:
-        checkpoint.part_file("vae")
+    overrides = live.settings(arguments)
+    checkpoint, config = live.open_config(arguments, overrides)
     blocks = None
     if arguments.seconds:
         frames = stories_lib.frames_from_seconds(arguments.seconds, vae=config.vae, fps=config.video.fps)
@@ -150,22 +146,9 @@ def _opened(arguments: argparse.Namespace, status: LiveStatus) -> Iterator["Sess
     start = {"seed": arguments.seed or 0, "height": arguments.height, "width": arguments.width}
     check_start(config, prompt, **start)
     status.stage(f"loading {checkpoint.path}")
-    with Session(_load(arguments, overrides), prompt, **start, blocks=blocks) as session:
+    with Session(live.load(arguments, overrides), prompt, **start, blocks=blocks) as session:
         status.stage("compiling (slow the first time)")
         yield session
-
-
-def _load(arguments: argparse.Namespace, overrides: dict[str, Any]) -> "Pipeline":
-    from longlive_jax.inference.pipeline import Pipeline
-
-    return Pipeline.load(
-        arguments.checkpoint,
-        overrides=overrides,
-        weights=arguments.weights or "auto",
-        use_lora=arguments.lora is not False,
-        text_device=arguments.text_device or "default",
-        vae=arguments.vae,
-    )
 
 
 def _writer(out: str, session: "Session") -> video_lib.VideoWriter:

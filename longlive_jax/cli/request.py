@@ -12,6 +12,7 @@ from typing import Any
 
 import longlive_jax
 from longlive_jax import config as configs
+from longlive_jax import config_dict
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
 from longlive_jax.config import PipelineConfig
 from longlive_jax.errors import UserError, require
@@ -91,7 +92,7 @@ def open_config(
       vae: another checkpoint whose autoencoder is used.
     """
     checkpoint = open_checkpoint(path)
-    config = configs.override(checkpoint.config, overrides)
+    config = config_dict.override(checkpoint.config, overrides)
     return checkpoint, config if vae is None else configs.with_vae(config, open_checkpoint(vae).config, vae)
 
 
@@ -138,7 +139,7 @@ def write_sidecar(
                 "width": request.width,
                 "overrides": dict(request.overrides),
             },
-            "config": configs.to_dict(request.config),
+            "config": config_dict.to_dict(request.config),
             "weights": fingerprints(checkpoint, vae=request.vae),
             "versions": {"longlive-jax": longlive_jax.__version__, **versions()},
             "timings": dict(timings),

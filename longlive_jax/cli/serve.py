@@ -4,7 +4,7 @@ import argparse
 import importlib.util
 from typing import TYPE_CHECKING, Any
 
-from longlive_jax.cli import options
+from longlive_jax.cli import live, options
 from longlive_jax.cli.common import note
 from longlive_jax.errors import UserError, require
 
@@ -92,31 +92,20 @@ def run(arguments: argparse.Namespace) -> int:
     """Checks everything that can be checked, takes the port, loads the model, and serves."""
     missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
     require(not missing, f"{', '.join(missing)} is missing; pip install 'longlive-jax[serve]'")
-    from longlive_jax.cli import request as requests
-    from longlive_jax.inference.pipeline import Pipeline
     from longlive_jax.serve import server
     from longlive_jax.session.turn import check_start
 
     config = serve_config(arguments)
     require(bool(arguments.checkpoint), "--checkpoint is missing; make one with `longlive setup`")
-    overrides = {"window.rope": "relative"} | options.overrides(arguments)
-    checkpoint, model = requests.open_config(arguments.checkpoint, overrides, vae=arguments.vae)
-    if arguments.vae is None:
-        checkpoint.part_file("vae")
+    overrides = live.settings(arguments)
+    checkpoint, model = live.open_config(arguments, overrides)
     check_start(model, "a prompt", seed=0, height=None, width=None)
     with server.bind(config) as taken, options.device_memory():
         if arguments.compile_cache is not False:
             options.enable_compile_cache()
         if not arguments.quiet:
             note(f"loading {checkpoint.path}")
-        pipe = Pipeline.load(
-            arguments.checkpoint,
-            overrides=overrides,
-            weights=arguments.weights or "auto",
-            use_lora=arguments.lora is not False,
-            text_device=arguments.text_device or "default",
-            vae=arguments.vae,
-        )
+        pipe = live.load(arguments, overrides)
         place = server.address(config, taken.getsockname()[1])
         server.run(pipe, config, taken, lambda: print(f"the studio is open: {place}", flush=True))
     return 0

@@ -8,6 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from longlive_jax import config as configs
+from longlive_jax import config_dict
 from longlive_jax.config import PipelineConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from longlive_jax.convert import keys_text_encoder, keys_transformer
 from longlive_jax.convert.detect import Found
@@ -79,7 +80,7 @@ def pipeline_config(
         )
     if transformer is None:
         transformer = _fitting_transformer(found, base.transformer, text_encoder, vae)
-        transformer = configs.override(transformer, sections["transformer"])
+        transformer = config_dict.override(transformer, sections["transformer"])
     if "text_encoder" not in found:
         text_encoder = _fitting_text_encoder(text_encoder, transformer)
     try:
@@ -94,7 +95,7 @@ def pipeline_config(
         raise UserError(
             f"the parts do not fit together: {error}; convert them one by one (parts=...)"
         ) from error
-    return configs.override(result, overrides)
+    return config_dict.override(result, overrides)
 
 
 def _transformer(
@@ -164,7 +165,9 @@ def transformer_config(
             "or add the folder that holds the model's config.json",
         )
         values["num_heads"] = dim // _HEAD_DIM
-    return configs.override(configs.from_dict(TransformerConfig, values, where=found.origin), overrides)
+    return config_dict.override(
+        config_dict.from_dict(TransformerConfig, values, where=found.origin), overrides
+    )
 
 
 def text_encoder_config(
@@ -192,7 +195,9 @@ def text_encoder_config(
     settings = _settings(found, _TEXT_ENCODER_SETTINGS) if found.layout == "transformers" else {}
     defaults = {"text_len": text_len, **_kept(preset, ("max_distance", "pad_id", "eps"))}
     values = {**defaults, **settings, **seen}
-    return configs.override(configs.from_dict(TextEncoderConfig, values, where=found.origin), overrides)
+    return config_dict.override(
+        config_dict.from_dict(TextEncoderConfig, values, where=found.origin), overrides
+    )
 
 
 def vae_config(
@@ -200,7 +205,7 @@ def vae_config(
 ) -> VAEConfig:
     """The VAE's config: the walk over the encoder's levels gives their widths and strides."""
     if found.layout == "taehv":
-        return configs.override(_tiny_vae_config(found), overrides)
+        return config_dict.override(_tiny_vae_config(found), overrides)
     pattern, block_name = _VAE_LEVELS[found.layout]
     names = ("encoder.conv1", "conv2") if found.layout == "wan" else ("encoder.conv_in", "post_quant_conv")
     dim, z_dim = (_shape(found, f"{name}.weight", 5)[0] for name in names)
@@ -232,7 +237,8 @@ def vae_config(
     settings = _settings(found, _VAE_SETTINGS) if found.layout == "diffusers" else {}
     statistics = _kept(preset, ("latent_mean", "latent_std"))
     values = {**statistics, **settings, **seen}
-    return configs.override(configs.from_dict(VAEConfig, values, where=found.origin), overrides)
+    inferred = config_dict.from_dict(VAEConfig, values, where=found.origin)
+    return config_dict.override(inferred, overrides)
 
 
 def _tiny_vae_config(found: Found) -> VAEConfig:

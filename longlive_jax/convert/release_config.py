@@ -9,7 +9,8 @@ import pathlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from longlive_jax.config import override, preset
+from longlive_jax.config import preset
+from longlive_jax.config_dict import override
 from longlive_jax.config_module import flatten
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference.generation import Generation

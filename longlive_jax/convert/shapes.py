@@ -16,7 +16,8 @@ import jax
 
 from longlive_jax import lora, storage, user_cache
 from longlive_jax.checkpoint import flatten, unflatten
-from longlive_jax.config import PipelineConfig, to_dict
+from longlive_jax.config import PipelineConfig
+from longlive_jax.config_dict import to_dict
 from longlive_jax.models import text_encoder, transformer, vae_families
 from longlive_jax.storage import Spec
 from longlive_jax.types import Params

@@ -16,7 +16,8 @@ import numpy as np
 
 from longlive_jax import memory
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
-from longlive_jax.config import PipelineConfig, to_dict
+from longlive_jax.config import PipelineConfig
+from longlive_jax.config_dict import to_dict
 from longlive_jax.errors import require
 from longlive_jax.experiments import store
 from longlive_jax.experiments.metrics import METRICS, Batch

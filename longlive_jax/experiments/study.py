@@ -22,7 +22,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from longlive_jax import config_module
-from longlive_jax.config import PipelineConfig, override, to_dict
+from longlive_jax.config import PipelineConfig
+from longlive_jax.config_dict import override, to_dict
 from longlive_jax.errors import UserError, require
 from longlive_jax.experiments.tasks import SEED_STRIDE, Task
 

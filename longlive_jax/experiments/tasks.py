@@ -13,7 +13,8 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from longlive_jax import toy
-from longlive_jax.config import PipelineConfig, to_dict
+from longlive_jax.config import PipelineConfig
+from longlive_jax.config_dict import to_dict
 from longlive_jax.errors import require
 from longlive_jax.inference import story as stories_lib
 from longlive_jax.inference.story import PromptSwitch, Story

@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from longlive_jax import config_module
-from longlive_jax.config import PRESETS, override
+from longlive_jax.config import PRESETS
+from longlive_jax.config_dict import override
 from longlive_jax.errors import require
 
 

@@ -18,7 +18,7 @@ import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +26,12 @@ import numpy as np
 
 from longlive_jax import checkpoint as checkpoint_lib
 from longlive_jax import config as config_lib
-from longlive_jax import lora, video
+from longlive_jax import config_dict, video
 from longlive_jax.config import PipelineConfig, SwitchConfig
-from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.diffusion import noise
-from longlive_jax.errors import UserError, require
-from longlive_jax.inference import parallel, rollout
-from longlive_jax.inference.prompts import Device, PromptEncoder, PromptSource
+from longlive_jax.errors import require
+from longlive_jax.inference import parallel, parts, rollout
+from longlive_jax.inference.prompts import Device, PromptSource
 from longlive_jax.inference.story import (
     PromptSwitch,
     Story,
@@ -42,20 +41,13 @@ from longlive_jax.inference.story import (
     effective_frame,
 )
 from longlive_jax.inference.switching import PromptTrack, switch_prompts
-from longlive_jax.models import rope, vae_families
-from longlive_jax.models import transformer as transformer_lib
 from longlive_jax.models import vae as vae_lib
-from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.tiny_vae import TinyVAE
-from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE
 from longlive_jax.provenance import Origin, fingerprints, place
-from longlive_jax.quantize import tree as quantize_tree
-from longlive_jax.quantize.module import quantized
 from longlive_jax.types import Array, ArrayLike, Params, pytree
 
-Weights = Literal["auto", "transformer", "transformer_ema"]
 T = TypeVar("T")
 
 
@@ -147,7 +139,7 @@ class Pipeline:
         path: str | os.PathLike[str],
         *,
         overrides: Mapping[str, Any] | None = None,
-        weights: Weights = "auto",
+        weights: parts.Weights = "auto",
         use_lora: bool = True,
         text_device: Device = "default",
         vae: str | os.PathLike[str] | None = None,
@@ -171,18 +163,14 @@ class Pipeline:
           UserError: the checkpoint or an override is not usable.
         """
         opened = checkpoint_lib.open_checkpoint(path)
-        config = config_lib.override(opened.config, overrides or {})
+        config = config_dict.override(opened.config, overrides or {})
         decoder = opened
         if vae is not None:
             decoder = checkpoint_lib.open_checkpoint(vae)
             decoder.part_file("vae")
             config = config_lib.with_vae(config, decoder.config, str(decoder.path))
-        part = _choose_weights(opened, weights)
-        params = _load_transformer(opened, part, config, use_lora=use_lora)
-        vae_params = None
-        if "vae" in decoder.parts:
-            expected = expected_tree("vae", config)
-            vae_params = jax.tree.map(jnp.asarray, decoder.load("vae", dtype=config.dtype, expect=expected))
+        part = parts.choose_weights(opened, weights)
+        params = parts.load_transformer(opened, part, config, use_lora=use_lora)
         origin = Origin(
             place(opened.path),
             weights,
@@ -190,25 +178,26 @@ class Pipeline:
             fingerprints(opened, vae=decoder),
             vae=None if vae is None else place(decoder.path),
         )
-        return cls(config, params, vae_params, _prompt_source(opened, config, device=text_device), origin)
+        prompts = parts.prompt_source(opened, config, device=text_device)
+        return cls(config, params, parts.load_vae(decoder, config), prompts, origin)
 
     @functools.cached_property
     def transformer(self) -> Transformer:
-        return transformer_of(self.config)
+        return parts.transformer_of(self.config)
 
     @functools.cached_property
     def vae(self) -> WanVAE | TinyVAE:
-        return decoder_of(self.config)
+        return parts.decoder_of(self.config)
 
     @functools.cached_property
     def generator(self) -> rollout.Generator:
         """The rollout this pipeline runs, for use with `longlive_jax.inference.rollout`."""
         config = self.config
-        parts = (self.transformer, config.window, config.sampler)
+        settings = (self.transformer, config.window, config.sampler)
         if self.devices == 1:
-            return rollout.Generator(*parts, cache_dtype=config.cache_dtype)
+            return rollout.Generator(*settings, cache_dtype=config.cache_dtype)
         found = parallel.available(self.devices)
-        return parallel.SpreadGenerator(*parts, cache_dtype=config.cache_dtype, devices=found)
+        return parallel.SpreadGenerator(*settings, cache_dtype=config.cache_dtype, devices=found)
 
     def over(self, devices: int) -> "Pipeline":
         """The same pipeline over several devices of this process: `pipe.over(devices=8)`.
@@ -490,89 +479,6 @@ def matmul_precision(config: PipelineConfig) -> contextlib.AbstractContextManage
     if config.dtype == "float32":
         return jax.default_matmul_precision("highest")
     return contextlib.nullcontext()
-
-
-def transformer_of(config: PipelineConfig) -> Transformer:
-    """The flax module of a config's transformer."""
-    module = Transformer(
-        config.transformer,
-        dtype=jnp.dtype(config.dtype),
-        attention=config.attention,
-        rope_jitter=rope.JITTER if config.window.rope == "jittered" else 0.0,
-    )
-    return quantized(module, config.quantization)
-
-
-def decoder_of(config: PipelineConfig) -> WanVAE | TinyVAE:
-    """The flax module of a config's VAE, of either family, as generation uses it."""
-    return vae_families.make(config.vae, dtype=jnp.dtype(config.dtype), tile=config.vae_tile)
-
-
-def vae_of(config: PipelineConfig) -> WanVAE:
-    """The flax module of a config's Wan VAE, as training needs it.
-
-    Raises:
-      UserError: the config has another autoencoder.
-    """
-    module = decoder_of(config)
-    if isinstance(module, WanVAE):
-        return module
-    raise UserError(f"vae.family={config.vae.family!r} decodes only; this needs the Wan VAE")
-
-
-def text_encoder_of(config: PipelineConfig) -> TextEncoder:
-    """The flax module of a config's text encoder."""
-    return TextEncoder(config.text_encoder, dtype=jnp.dtype(config.dtype))
-
-
-def _choose_weights(opened: checkpoint_lib.Checkpoint, weights: Weights) -> str:
-    if weights != "auto":
-        return weights
-    return "transformer_ema" if "transformer" not in opened.parts else "transformer"
-
-
-def _load_transformer(
-    opened: checkpoint_lib.Checkpoint, part: str, config: PipelineConfig, *, use_lora: bool
-) -> Params:
-    """The transformer's parameters as `config` wants them, from a checkpoint that may be quantised."""
-    stored = opened.config.quantization
-    require(
-        stored in ("none", config.quantization),
-        f"quantization={config.quantization!r}: {opened.path} is stored as {stored!r} and cannot become "
-        "another; give the checkpoint it was made from",
-    )
-    if stored != "none":
-        module = transformer_of(dataclasses.replace(config, quantization=stored))
-        shapes = jax.eval_shape(functools.partial(transformer_lib.init_params, module), jax.random.key(0))
-        params = quantize_tree.cast(opened.load(part, expect=shapes), config.dtype)
-        return jax.tree.map(jnp.asarray, params)
-    expected = expected_tree("transformer", config)
-    params = jax.tree.map(jnp.asarray, opened.load(part, dtype=config.dtype, expect=expected))
-    if use_lora and "lora" in opened.parts:
-        info = opened.parts["lora"]
-        scale = (info.alpha or info.rank or 1) / (info.rank or 1)
-        params = _merge_lora(params, opened.load("lora"), scale=scale)
-    if config.quantization != "none":
-        params = quantize_tree.quantize_on_device(params, recipe=config.quantization)
-    return params
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="scale")
-def _merge_lora(params: Params, adapters: Params, *, scale: float) -> Params:
-    return lora.merge(params, adapters, scale=scale)
-
-
-def _prompt_source(
-    opened: checkpoint_lib.Checkpoint, config: PipelineConfig, *, device: Device
-) -> PromptSource:
-    def make() -> PromptEncoder:
-        module = text_encoder_of(config)
-        expected = expected_tree("text_encoder", config)
-        tokenizer = Tokenizer.from_file(opened.tokenizer_path, config.text_encoder)
-        load = functools.partial(opened.load, "text_encoder", dtype=config.dtype, expect=expected)
-        return PromptEncoder(tokenizer, module, load, opened.fingerprint("text_encoder"), device=device)
-
-    return PromptSource(make)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=2)

@@ -16,8 +16,14 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.config import VAEConfig
-from longlive_jax.errors import require
 from longlive_jax.models.vae_layers import interleave_frames
+from longlive_jax.models.vae_stream import (
+    StreamingVAE,
+    along_frames,
+    check_frames,
+    check_latents,
+    check_sizes,
+)
 from longlive_jax.models.vae_tiling import tiled
 from longlive_jax.types import Array, Params, PRNGKey
 
@@ -37,7 +43,7 @@ def decoder_widths(config: VAEConfig) -> tuple[int, ...]:
     return tuple(config.dim * m for m in reversed(config.dim_mult))
 
 
-class TinyVAE(nn.Module):
+class TinyVAE(StreamingVAE):
     """Encoder and decoder between videos in [-1, 1] and latents.
 
     Attributes:
@@ -48,7 +54,6 @@ class TinyVAE(nn.Module):
       param_dtype: of the parameters.
     """
 
-    config: VAEConfig
     tile: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -57,10 +62,6 @@ class TinyVAE(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.encoder = TinyEncoder(self.config, **dtypes)
         self.decoder = TinyDecoder(self.config, self.tile, **dtypes)
-
-    def __call__(self, video: Array) -> Array:
-        """Encodes and decodes `video` [B, V, Y, X, 3]."""
-        return self.decode(self.encode(video))
 
     def encode(self, video: Array) -> Array:
         """Encodes a video, all frames side by side.
@@ -75,25 +76,10 @@ class TinyVAE(nn.Module):
         Raises:
           UserError: if the shape does not fit.
         """
-        stride = self.config.spatial_stride
-        require(
-            video.ndim == 5 and video.shape[-1] == 3 and min(video.shape) > 0,
-            f"video.shape={video.shape} must be [batch, frames, rows, columns, 3] with no axis empty",
-        )
-        require(
-            all(size % stride == 0 for size in video.shape[2:4]),
-            f"video.shape={video.shape} must have rows and columns divisible by {stride}; crop or pad",
-        )
+        check_frames(self.config, video)
         missing = -video.shape[1] % self.config.temporal_stride
         padded = jnp.concatenate([video, jnp.repeat(video[:, -1:], missing, axis=1)], axis=1)
         return self.encoder(((padded + 1) / 2).astype(self.dtype)).astype(jnp.float32)
-
-    def decode(self, latents: Array) -> Array:
-        """Decodes a whole video [B, F, h, w, C] to [B, stride * (F - 1) + 1, 8 h, 8 w, 3] in [-1, 1]."""
-        self._check_latents(latents)
-        batch, _, height, width, _ = latents.shape
-        state = self.init_decode_state(batch, height=height, width=width)
-        return self.decode_step(state, latents)[0]
 
     def init_decode_state(self, batch: int, *, height: int, width: int) -> State:
         """The state before the first latent of a video; needs no parameters.
@@ -106,8 +92,7 @@ class TinyVAE(nn.Module):
         Raises:
           UserError: if a size is not positive.
         """
-        for name, value in (("batch", batch), ("height", height), ("width", width)):
-            require(value > 0, f"{name}={value} must be positive")
+        check_sizes(batch=batch, height=height, width=width)
         past = {}
         for level, features in enumerate(decoder_widths(self.config)[:-1]):
             shape = (batch, 1, height * 2**level, width * 2**level, features)
@@ -129,28 +114,12 @@ class TinyVAE(nn.Module):
         Raises:
           UserError: if the shape does not fit, or is not the one the state was made for.
         """
-        self._check_latents(latents)
         ((when, past),) = state.items()
-        made_for = past["up_0_memory_0"].shape
-        require(
-            (latents.shape[0], *latents.shape[2:4]) == (made_for[0], *made_for[2:4]),
-            f"latents.shape={latents.shape} does not fit the state, which was made for batch {made_for[0]} "
-            f"and {made_for[2]}x{made_for[3]} latents; start with init_decode_state",
-        )
-        scan = nn.scan(
-            _decode_latent, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1
-        )
-        past, video = scan(self, past, latents)  # [B, n, stride, Y, X, 3]
+        check_latents(self.config, latents, past["up_0_memory_0"].shape)
+        past, video = along_frames(_decode_latent)(self, past, latents)  # [B, n, stride, Y, X, 3]
         video = video.reshape(video.shape[0], -1, *video.shape[3:])  # [B, n * stride, Y, X, 3]
         dropped = self.config.temporal_stride - 1 if when == "first" else 0
         return video[:, dropped:], {"later": past}
-
-    def _check_latents(self, latents: Array) -> None:
-        require(
-            latents.ndim == 5 and latents.shape[-1] == self.config.z_dim and min(latents.shape) > 0,
-            f"latents.shape={latents.shape} must be [batch, frames, rows, columns, {self.config.z_dim}] "
-            "with no axis empty",
-        )
 
 
 class TinyDecoder(nn.Module):

@@ -27,8 +27,14 @@ import jax
 import jax.numpy as jnp
 
 from longlive_jax.config import VAEConfig
-from longlive_jax.errors import require
 from longlive_jax.models import vae_layers as layers
+from longlive_jax.models.vae_stream import (
+    StreamingVAE,
+    along_frames,
+    check_frames,
+    check_latents,
+    check_sizes,
+)
 from longlive_jax.models.vae_tiling import tiled
 from longlive_jax.types import Array, Params, PRNGKey
 
@@ -91,7 +97,7 @@ def decoder_levels(config: VAEConfig) -> tuple[Level, ...]:
     )
 
 
-class WanVAE(nn.Module):
+class WanVAE(StreamingVAE):
     """Encoder and decoder between videos in [-1, 1] and normalised latents.
 
     Attributes:
@@ -102,7 +108,6 @@ class WanVAE(nn.Module):
       param_dtype: of the parameters.
     """
 
-    config: VAEConfig
     tile: int = 0
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
@@ -113,10 +118,6 @@ class WanVAE(nn.Module):
         self.quant = nn.Dense(2 * self.config.z_dim, **dtypes)
         self.post_quant = nn.Dense(self.config.z_dim, **dtypes)
         self.decoder = Decoder(self.config, self.tile, **dtypes)
-
-    def __call__(self, video: Array) -> Array:
-        """Encodes and decodes `video` [B, V, Y, X, 3]; the result may lack the frames `encode` drops."""
-        return self.decode(self.encode(video))
 
     def encode(self, video: Array) -> Array:
         """Encodes a video to the means of its latent distribution.
@@ -132,7 +133,7 @@ class WanVAE(nn.Module):
         Raises:
           UserError: if the shape does not fit.
         """
-        self._check_video(video)
+        check_frames(self.config, video)
         batch, length, *_ = video.shape
         group = self.config.temporal_stride
         groups = (length - 1) // group
@@ -144,25 +145,8 @@ class WanVAE(nn.Module):
             return latents
         chunks = video[:, 1 : 1 + groups * group]
         chunks = chunks.reshape(batch, groups, group, *video.shape[2:])  # [B, groups, stride, Y, X, 3]
-        _, later = _scan(_encode_chunk)(self, state, chunks)  # [B, groups, 1, h, w, C]
+        _, later = along_frames(_encode_chunk)(self, state, chunks)  # [B, groups, 1, h, w, C]
         return jnp.concatenate([latents, later[:, :, 0]], axis=1)
-
-    def decode(self, latents: Array) -> Array:
-        """Decodes a whole video.
-
-        Args:
-          latents: [B, F, h, w, C], normalised.
-
-        Returns:
-          [B, stride * (F - 1) + 1, 8 h, 8 w, 3] float32, clamped to [-1, 1].
-
-        Raises:
-          UserError: if the shape does not fit.
-        """
-        self._check_latents(latents)
-        batch, _, height, width, _ = latents.shape
-        state = self.init_decode_state(batch, height=height, width=width)
-        return self.decode_step(state, latents)[0]
 
     def init_decode_state(self, batch: int, *, height: int, width: int) -> State:
         """The state before the first latent of a video; needs no parameters.
@@ -175,8 +159,7 @@ class WanVAE(nn.Module):
         Raises:
           UserError: if a size is not positive.
         """
-        for name, value in (("batch", batch), ("height", height), ("width", width)):
-            require(value > 0, f"{name}={value} must be positive")
+        check_sizes(batch=batch, height=height, width=width)
         return init_decoder_state(self.config, batch, height=height, width=width, dtype=self.dtype)
 
     def decode_step(self, state: State, latents: Array) -> tuple[Array, State]:
@@ -193,20 +176,14 @@ class WanVAE(nn.Module):
         Raises:
           UserError: if the shape does not fit, or is not the one the state was made for.
         """
-        self._check_latents(latents)
-        made_for = state["conv_in"].shape
-        require(
-            (latents.shape[0], *latents.shape[2:4]) == (made_for[0], *made_for[2:4]),
-            f"latents.shape={latents.shape} does not fit the state, which was made for batch {made_for[0]} "
-            f"and {made_for[2]}x{made_for[3]} latents; start with init_decode_state",
-        )
+        check_latents(self.config, latents, state["conv_in"].shape)
         pieces = []
         if self._has_not_begun(state):
             state, first = _decode_latent(self, state, latents[:, 0])
             pieces.append(first)
             latents = latents[:, 1:]
         if latents.shape[1]:
-            state, later = _scan(_decode_latent)(self, state, latents)  # [B, n, stride, Y, X, 3]
+            state, later = along_frames(_decode_latent)(self, state, latents)  # [B, n, stride, Y, X, 3]
             pieces.append(later.reshape(later.shape[0], -1, *later.shape[3:]))
         video = pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis=1)
         return video, state
@@ -214,24 +191,6 @@ class WanVAE(nn.Module):
     def _has_not_begun(self, state: State) -> bool:
         levels = enumerate(decoder_levels(self.config))
         return any(level.temporal and state[f"up_{i}"]["resample"] is None for i, level in levels)
-
-    def _check_video(self, video: Array) -> None:
-        stride = self.config.spatial_stride
-        require(
-            video.ndim == 5 and video.shape[-1] == 3 and video.shape[0] > 0 and video.shape[1] > 0,
-            f"video.shape={video.shape} must be [batch, frames, rows, columns, 3] with at least one frame",
-        )
-        require(
-            all(size > 0 and size % stride == 0 for size in video.shape[2:4]),
-            f"video.shape={video.shape} must have rows and columns divisible by {stride}; crop or pad",
-        )
-
-    def _check_latents(self, latents: Array) -> None:
-        require(
-            latents.ndim == 5 and latents.shape[-1] == self.config.z_dim and min(latents.shape) > 0,
-            f"latents.shape={latents.shape} must be [batch, frames, rows, columns, {self.config.z_dim}] "
-            "with no axis empty",
-        )
 
 
 class Encoder(nn.Module):
@@ -399,8 +358,3 @@ def _decode_latent(vae: WanVAE, state: State, latent: Array) -> tuple[State, Arr
 
 def _channels(values: tuple[float, ...]) -> Array:
     return jnp.asarray(values, jnp.float32)
-
-
-def _scan(step: Callable[..., tuple[State, Array]]) -> Callable[..., tuple[State, Array]]:
-    """Runs `step` along axis 1 of its input and output, with the same parameters every time."""
-    return nn.scan(step, variable_broadcast="params", split_rngs={"params": False}, in_axes=1, out_axes=1)

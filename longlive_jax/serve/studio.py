@@ -16,7 +16,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
-from longlive_jax import config as config_lib
+from longlive_jax import config_dict
 from longlive_jax.config import PipelineConfig
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference.pipeline import Pipeline
@@ -174,7 +174,7 @@ class Studio:
         require(len(self._lanes) == 1, "choose a side of the comparison first")
         lane = self._lanes[0]
         knobs.check(command.settings, self._base.config)
-        config = config_lib.override(lane.config, command.settings)
+        config = config_dict.override(lane.config, command.settings)
         turn.check_window(config)
         self._warm(config, lane.root.prompt)
         lane.session.change(command.settings, seed=command.seed)
@@ -195,7 +195,7 @@ class Studio:
         base = self._lanes[0].config if command.origin == "here" else self._lanes[0].root.pipe.config
         for settings in (command.left, command.right):
             knobs.check(settings, self._base.config)
-            config = config_lib.override(base, settings)
+            config = config_dict.override(base, settings)
             turn.check_window(config)
             self._warm(config, self._lanes[0].root.prompt)
         self._at_boundary(lambda: self._begin_comparison(command))
@@ -205,7 +205,7 @@ class Studio:
 
     def _checked_root(self, root: Root, settings: Mapping[str, Any]) -> Root:
         knobs.check(settings, self._base.config)
-        config = config_lib.override(root.pipe.config, settings)
+        config = config_dict.override(root.pipe.config, settings)
         turn.check_start(config, root.prompt, seed=root.seed, height=None, width=None)
         return dataclasses.replace(root, pipe=dataclasses.replace(root.pipe, config=config))
 
@@ -288,7 +288,7 @@ class Studio:
                     lanes.append(lane)
                     if settings:
                         session.change(settings)
-                        lane.config = config_lib.override(lane.config, settings)
+                        lane.config = config_dict.override(lane.config, settings)
                 else:
                     root = self._checked_root(live.root, settings)
                     session = self._session(root, None)

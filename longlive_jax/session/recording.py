@@ -9,8 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import longlive_jax
-from longlive_jax import config as config_lib
-from longlive_jax import storage
+from longlive_jax import config_dict, storage
 from longlive_jax.config import PipelineConfig, SwitchPolicy
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference.pipeline import Pipeline
@@ -101,7 +100,7 @@ class Recording:
             "version": VERSION,
             **{name: getattr(self, name) for name in ("prompt", "seed", "height", "width", "blocks")},
             "events": [{"event": names[type(event)], **_settings(event)} for event in self.events],
-            "config": config_lib.to_dict(self.config),
+            "config": config_dict.to_dict(self.config),
             "origin": None if self.origin is None else dataclasses.asdict(self.origin),
             "versions": versions_now(),
         }
@@ -124,7 +123,7 @@ class Recording:
             return cls(
                 prompt=values["prompt"],
                 **{name: _whole(values, name) for name in ("seed", "height", "width", "blocks")},
-                config=config_lib.from_dict(PipelineConfig, values["config"]),
+                config=config_dict.from_dict(PipelineConfig, values["config"]),
                 events=tuple(_event(entry) for entry in values["events"]),
                 origin=None if origin is None else Origin(**origin),
                 versions=dict(values["versions"]),
@@ -143,10 +142,10 @@ class Recording:
         Raises:
           UserError: the weights or the model are not those recorded.
         """
-        shape = config_lib.to_dict(self.config)
+        shape = config_dict.to_dict(self.config)
         settings = generation_settings(shape)
         if pipe is not None:
-            pipe = dataclasses.replace(pipe, config=config_lib.override(pipe.config, settings))
+            pipe = dataclasses.replace(pipe, config=config_dict.override(pipe.config, settings))
         elif self.origin is not None:
             pipe = Pipeline.load(
                 self.origin.checkpoint,

@@ -25,7 +25,7 @@ from typing import Any, Self
 import jax
 import numpy as np
 
-from longlive_jax import config as config_lib
+from longlive_jax import config_dict
 from longlive_jax.config import PipelineConfig, SwitchPolicy
 from longlive_jax.diffusion import noise
 from longlive_jax.errors import require
@@ -242,7 +242,7 @@ class Session:
             )
         with self._changed:
             self._check_open()
-            planned = config_lib.override(self._planned, settings)
+            planned = config_dict.override(self._planned, settings)
             turn.check_window(planned)
             old, new = self._planned.window.sink_frames, planned.window.sink_frames
             require(

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax import config as config_lib
+from longlive_jax import config_dict
 from longlive_jax.config import PipelineConfig, SwitchConfig
 from longlive_jax.diffusion import noise
 from longlive_jax.errors import require
@@ -39,7 +39,7 @@ def switched(moment: Moment, event: SwitchEvent, text: Array) -> Moment:
 
 def changed(pipe: Pipeline, moment: Moment, event: ChangeEvent) -> Moment:
     """The moment under another seed or other settings."""
-    config = config_lib.override(moment.config, event.settings)
+    config = config_dict.override(moment.config, event.settings)
     state, seed = moment.stream.rollout, moment.seed if event.seed is None else event.seed
     if config.window != moment.config.window:
         state = rollout.resize(_under(pipe, config).generator, state)

@@ -12,7 +12,7 @@ _TRAINS = {
     "vae": "the video autoencoder",
     "text": "the text encoder and its tokenizer",
     "teacher": "the bidirectional teacher, by flow matching",
-    "causal_init": "the causal student, by teacher forcing",
+    "causal_init": "the causal student, from the teacher's weights",
     "init": "the student in four steps, by distribution matching on its own rollouts",
     "long": "the student on its own long rollouts with prompt switches",
 }

@@ -103,7 +103,7 @@ class _PromptPairs:
             templates.append(stream.integers(TEMPLATE_COUNT))
         after = describe_codes(np.array(codes), np.array(templates))
         switched = {"switch_attributes": np.array(codes)}
-        return batch | switched | _text("switch_caption", after, self.prompts.tokenizer)
+        return batch | switched | {"switch_caption": np.array(after)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,26 +156,18 @@ def prompts(
     return stream(config, shard, _Prompts(world, config.seed, config.split, tokenizer))
 
 
-def prompt_pairs(
-    world: World,
-    config: DataConfig,
-    *,
-    tokenizer: Tokenizer | None = None,
-    shard: grain.sharding.ShardOptions | None = None,
-) -> grain.IterDataset[Batch]:
-    """Endless batches of captions and captions to switch to, for long tuning.
-
-    The two differ in 1 to 4 attributes, each number equally often. Besides the keys of `prompts` a
-    batch has "switch_caption" and "switch_attributes", and "switch_caption_tokens" with a tokenizer.
-    """
-    make = _PromptPairs(_Prompts(world, config.seed, config.split, tokenizer))
-    return stream(config, shard, make)
-
-
 def prompt_maker(
     world: World, *, seed: int, split: Split, with_switch: bool
 ) -> Callable[[np.ndarray], Batch]:
-    """The rows of `prompts`, or of `prompt_pairs`, as a function of their numbers; see `stream`."""
+    """The rows of `prompts` as a function of their numbers, for `stream`.
+
+    Args:
+      world: geometry.
+      seed: names the data set.
+      split: which combinations of attributes to draw from.
+      with_switch: adds "switch_caption" and "switch_attributes", a caption to switch to. The two differ in 1
+        to 4 attributes, each number equally often.
+    """
     made = _Prompts(world, seed, split, None)
     return _PromptPairs(made) if with_switch else made
 

@@ -1,12 +1,12 @@
 """From a config file to a stage's config, and from that to JSON and back."""
 
-import importlib.util
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from longlive_jax.config import from_dict, override, to_dict
-from longlive_jax.errors import UserError, require
+from longlive_jax import config_module
+from longlive_jax.config_dict import from_dict, override, to_dict
+from longlive_jax.errors import require
 from longlive_jax.training.config import STAGES, Training, stage_of
 
 FREE = (
@@ -36,31 +36,14 @@ def load_config(path: str | pathlib.Path, changes: Mapping[str, Any] | None = No
     Raises:
       UserError: the file, what it returns or a change is not usable.
     """
-    path, changes = pathlib.Path(path), dict(changes or {})
-    require(
-        path.is_file() and path.suffix == ".py", f"config={path} is no Python file; try configs/toy/vae.py"
-    )
-    spec = importlib.util.spec_from_file_location(f"longlive_config_{path.stem}", path)
-    assert spec is not None, path  # the suffix is .py
-    assert spec.loader is not None, path
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except UserError:
-        raise
-    except Exception as error:
-        raise UserError(f"config={path} cannot be read ({type(error).__name__}: {error})") from error
-    require(hasattr(module, "get_config"), f"config={path} has no get_config()")
-    config = module.get_config()
-    require(
-        isinstance(config, Training),
-        f"config={path}: get_config() must return a config of longlive_jax.training",
-    )
+    changes = dict(changes or {})
+    loaded = config_module.load_with_module(path, Training, example="configs/toy/vae.py")
+    config: Training = loaded[0]
     smoke = str(changes.pop("smoke", "false")).lower()
     require(smoke in ("true", "false"), f"smoke={smoke!r} must be true or false")
     if smoke == "true":
-        require(hasattr(module, "smoke"), f"config={path} has no smoke(config) that shrinks it")
-        config = module.smoke(config)
+        require(hasattr(loaded[1], "smoke"), f"config={path} has no smoke(config) that shrinks it")
+        config = loaded[1].smoke(config)
     return override(config, changes)
 
 
@@ -80,14 +63,6 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Dotted names of the settings in which two `to_json` results differ, but for the `FREE` ones."""
     if old.get("stage") != new.get("stage"):
         return ["stage"]
-    a, b = _leaves(old["settings"]), _leaves(new["settings"])
+    a, b = config_module.flatten(old["settings"]), config_module.flatten(new["settings"])
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
     return [name for name in names if not any(name == f or name.startswith(f"{f}.") for f in FREE)]
-
-
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        path = f"{prefix}{name}"
-        found.update(_leaves(value, f"{path}.") if isinstance(value, Mapping) else {path: value})
-    return found

@@ -22,7 +22,7 @@ import numpy as np
 
 from longlive_jax import lora, sharding
 from longlive_jax.config import PipelineConfig, TransformerConfig
-from longlive_jax.inference.pipeline import transformer_of, vae_of
+from longlive_jax.inference.parts import transformer_of, vae_of
 from longlive_jax.inference.rollout import Generator
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE

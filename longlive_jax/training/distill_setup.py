@@ -14,7 +14,7 @@ from longlive_jax.checkpoint import Checkpoint
 from longlive_jax.config import PipelineConfig
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.errors import UserError, require
-from longlive_jax.inference.pipeline import text_encoder_of, transformer_of
+from longlive_jax.inference.parts import text_encoder_of, transformer_of
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.training import distill, sampling
 from longlive_jax.training import export as export_lib

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from longlive_jax.config import PipelineConfig
-from longlive_jax.inference.pipeline import vae_of
+from longlive_jax.inference.parts import vae_of
 from longlive_jax.training import processes
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import EvaluationConfig

@@ -28,7 +28,7 @@ from longlive_jax.cache import BlockKV, KVCache
 from longlive_jax.config import PipelineConfig
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.diffusion.schedule import NUM_TIMESTEPS, few_step_table, shift_sigma
-from longlive_jax.inference.pipeline import text_encoder_of, transformer_of, vae_of
+from longlive_jax.inference.parts import text_encoder_of, transformer_of, vae_of
 from longlive_jax.inference.rollout import Generator
 from longlive_jax.models import text_encoder as text_lib
 from longlive_jax.models import transformer as transformer_lib

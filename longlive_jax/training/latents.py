@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from longlive_jax import toy
-from longlive_jax.config import to_dict
+from longlive_jax.config_dict import to_dict
 from longlive_jax.models.vae import WanVAE
 from longlive_jax.training import stored
 from longlive_jax.training.config import ClipsConfig

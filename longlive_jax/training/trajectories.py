@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from longlive_jax import toy
-from longlive_jax.config import to_dict
+from longlive_jax.config_dict import to_dict
 from longlive_jax.inference.rollout import Generator
 from longlive_jax.training import sampling, stored
 from longlive_jax.training import world as worlds

@@ -9,7 +9,8 @@ import pytest
 
 from longlive_jax import checkpoint
 from longlive_jax.cli.main import main
-from longlive_jax.config import override, preset
+from longlive_jax.config import preset
+from longlive_jax.config_dict import override
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.models.tokenizer import train_word_tokenizer
 

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from longlive_jax import checkpoint, video
-from longlive_jax.config import TAEW2_1, override
+from longlive_jax.config import TAEW2_1
+from longlive_jax.config_dict import override
 from longlive_jax.convert.shapes import expected_tree
 
 WORDS = ("--frames", 4, "--quiet", "--prompt", "a red fox runs")

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 
 from longlive_jax import checkpoint
 from longlive_jax.checkpoint import Checkpoint
-from longlive_jax.config import PRESETS, PipelineConfig, override
+from longlive_jax.config import PRESETS, PipelineConfig
+from longlive_jax.config_dict import override
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.types import Params

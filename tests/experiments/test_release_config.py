@@ -7,7 +7,7 @@ import pytest
 
 from longlive_jax import config_module
 from longlive_jax.cli.main import main
-from longlive_jax.config import to_dict
+from longlive_jax.config_dict import to_dict
 from longlive_jax.convert import release_config
 from longlive_jax.errors import UserError
 from longlive_jax.experiments.report import settings_table

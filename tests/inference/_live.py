@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.config import override, preset
+from longlive_jax.config import preset
+from longlive_jax.config_dict import override
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.inference.pipeline import Pipeline
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from longlive_jax import PromptSwitch, Session, Story, UserError
-from longlive_jax.config import override
+from longlive_jax.config_dict import override
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.session import SessionError
 from tests.inference._live import small_pipeline

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.config import override, preset
-from longlive_jax.inference import pipeline
+from longlive_jax.config import preset
+from longlive_jax.config_dict import override
+from longlive_jax.inference import parts
 from longlive_jax.models import rope, transformer
 
 HEADS, HEAD_DIM = 12, 128
@@ -72,11 +73,11 @@ def test_the_heads_no_longer_agree_about_distances():
 
 def test_the_setting_reaches_the_model_and_nothing_else():
     config = preset("toy")
-    assert pipeline.transformer_of(config).rope_jitter == 0
+    assert parts.transformer_of(config).rope_jitter == 0
     jittered = override(config, {"window.rope": "jittered"})
-    module = pipeline.transformer_of(jittered)
+    module = parts.transformer_of(jittered)
     assert module.rope_jitter == JITTER
-    assert dataclasses.replace(module, rope_jitter=0.0) == pipeline.transformer_of(config)
+    assert dataclasses.replace(module, rope_jitter=0.0) == parts.transformer_of(config)
 
 
 @pytest.mark.parametrize("jitter", [0.0, JITTER])

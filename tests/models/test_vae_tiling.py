@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax.config import TAEW2_1, VAEConfig, override
+from longlive_jax.config import TAEW2_1, VAEConfig
+from longlive_jax.config_dict import override
 from longlive_jax.models import vae_layers
 from longlive_jax.models.vae_families import init_params, make
 from longlive_jax.models.vae_tiling import over_windows, tiled

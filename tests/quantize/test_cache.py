@@ -11,7 +11,8 @@ import pytest
 
 from longlive_jax import cache as cache_lib
 from longlive_jax import memory
-from longlive_jax.config import PRESETS, WindowConfig, override
+from longlive_jax.config import PRESETS, WindowConfig
+from longlive_jax.config_dict import override
 from longlive_jax.inference import rollout
 from longlive_jax.ops.windowed_attention import CachedContext, windowed_attention
 from longlive_jax.quantize import numerics

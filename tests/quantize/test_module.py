@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 
 from longlive_jax.checkpoint import flatten
-from longlive_jax.config import PRESETS, override
+from longlive_jax.config import PRESETS
+from longlive_jax.config_dict import override
 from longlive_jax.inference import rollout
-from longlive_jax.inference.pipeline import transformer_of
+from longlive_jax.inference.parts import transformer_of
 from longlive_jax.memory import tree_bytes
 from longlive_jax.models.transformer import init_params
 from longlive_jax.quantize import numerics, tree

@@ -4,8 +4,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import json
+import pathlib
+import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,6 +18,7 @@ from longlive_jax.serve.app import create_app
 from longlive_jax.serve.lobby import Lobby
 from longlive_jax.serve.settings import ServeConfig
 from tests.serve import drawn
+from tests.serve.page import Page, wait_for
 
 CONFIG = ServeConfig(pace="free", grace_seconds=1.0, warms_up=False)
 
@@ -44,15 +46,6 @@ def sockets_that_are_left(monkeypatch) -> None:
         return None
 
     monkeypatch.setattr(WebSocketTestSession, "__exit__", leaving)
-
-
-def wait_for(condition: Callable[[], Any], *, seconds: float = 20.0) -> Any:
-    """Polls until a condition holds, and returns what it gave."""
-    end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.01)
-    return found
 
 
 class Browser:
@@ -141,3 +134,57 @@ def served(config: ServeConfig) -> Iterator[Served]:
         thread.join(20)
         taken.close()
         assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def downloads(tmp_path_factory) -> pathlib.Path:
+    return tmp_path_factory.mktemp("downloads")
+
+
+@pytest.fixture(scope="module")
+def start_browser(downloads):
+    """Starts browsers that are closed at the end."""
+    from selenium import webdriver
+
+    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
+    assert chromium, "these tests drive Chromium; apt-get install chromium chromium-driver"
+    assert driver, "these tests drive Chromium; apt-get install chromium-driver"
+    started = []
+
+    def start(width: int = 1366, height: int = 900, *, is_phone: bool = False) -> Page:
+        options = webdriver.ChromeOptions()
+        options.binary_location = chromium
+        for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
+            options.add_argument(f"--{argument}")
+        options.add_argument(f"--window-size={width},{height}")
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
+        if is_phone:
+            metrics = {"width": width, "height": height, "pixelRatio": 2}
+            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
+        page = Page(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
+        started.append(page)
+        return page
+
+    yield start
+    for page in started:
+        page.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def browser(start_browser) -> Page:
+    return start_browser()
+
+
+@pytest.fixture
+def page(browser):
+    """The browser; the page must not have complained."""
+    browser.driver.get_log("browser")
+    yield browser
+    expected = ("WebSocket", "status of 401", "ERR_CONNECTION_REFUSED")  # studios come and go here
+    log = browser.driver.get_log("browser")
+    complaints = [
+        e for e in log if e["level"] == "SEVERE" and not any(word in e["message"] for word in expected)
+    ]
+    browser.go("about:blank")
+    assert not complaints

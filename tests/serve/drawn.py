@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.config import PipelineConfig, override, preset
+from longlive_jax.config import PipelineConfig, preset
+from longlive_jax.config_dict import override
 from longlive_jax.errors import require
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.inference.story import frame_of

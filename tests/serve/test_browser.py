@@ -1,142 +1,19 @@
 """The page in Chromium: what a person does, and what the toy's measurement reads off the canvas."""
 
-import base64
 import dataclasses
 import json
-import pathlib
-import shutil
 import time
 
-import numpy as np
 import pytest
 
 from longlive_jax.video import read_video
 from tests.serve import drawn
-from tests.serve.conftest import CONFIG, served, wait_for
+from tests.serve.conftest import CONFIG, served
 from tests.serve.drawn import BLUE, GREEN, RED, DrawnSession
+from tests.serve.page import wait_for
 
 pytestmark = pytest.mark.slow
 _TOKEN = "a token of the tests"
-_PIXELS = """
-const canvas = document.getElementById(arguments[0]);
-const {width, height} = canvas;
-const data = canvas.getContext("2d").getImageData(0, 0, width, height).data;
-return [width, height, btoa(String.fromCharCode(...data))];
-"""
-
-
-class Page:
-    """One browser on a studio."""
-
-    def __init__(self, driver) -> None:
-        self.driver = driver
-
-    def go(self, address: str) -> None:
-        self.driver.get(address)
-
-    def script(self, text: str, *arguments):
-        return self.driver.execute_script(text, *arguments)
-
-    def one(self, selector: str):
-        from selenium.webdriver.common.by import By
-
-        return self.driver.find_element(By.CSS_SELECTOR, selector)
-
-    def text(self, selector: str) -> str:
-        return self.script("return document.querySelector(arguments[0]).textContent", selector)
-
-    def click(self, selector: str) -> None:
-        """Clicks what can be seen, after scrolling to it."""
-        element = wait_for(lambda: (found := self.one(selector)).is_enabled() and found)
-        self.script("arguments[0].scrollIntoView({block: 'center'})", element)
-        element.click()
-
-    def press(self, *keys: str) -> None:
-        """Keys for the page, wherever the focus is not in a field."""
-        from selenium.webdriver import ActionChains
-
-        self.script("document.activeElement.blur()")
-        ActionChains(self.driver).send_keys(*keys).perform()
-
-    def type(self, selector: str, text: str) -> None:
-        from selenium.webdriver.common.keys import Keys
-
-        wait_for(lambda: self.one(selector).is_enabled())
-        self.one(selector).send_keys(text, Keys.ENTER)
-
-    def open(self, address: str, prompt: str = RED) -> None:
-        """Opens a session and waits for its picture."""
-        self.go(address)
-        wait_for(lambda: self.one("#first").is_displayed())
-        self.type("#first", prompt)
-        wait_for(lambda: self.studio("painted") > 3)
-
-    def studio(self, name: str):
-        """A number the page keeps."""
-        return self.script("return window.studio[arguments[0]]", name)
-
-    def colour(self, canvas: str = "screen-0") -> str:
-        """The colour of the sprite on a canvas."""
-        width, height, data = self.script(_PIXELS, canvas)
-        pixels = np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)[..., :3]
-        return drawn.colour_of(pixels)
-
-    def shows(self, colour: str, canvas: str = "screen-0") -> bool:
-        return wait_for(lambda: self.colour(canvas) == colour)
-
-
-@pytest.fixture(scope="module")
-def downloads(tmp_path_factory) -> pathlib.Path:
-    return tmp_path_factory.mktemp("downloads")
-
-
-@pytest.fixture(scope="module")
-def start_browser(downloads):
-    """Starts browsers that are closed at the end."""
-    from selenium import webdriver
-
-    chromium, driver = (shutil.which(name) for name in ("chromium", "chromedriver"))
-    assert chromium, "these tests drive Chromium; apt-get install chromium chromium-driver"
-    assert driver, "these tests drive Chromium; apt-get install chromium-driver"
-    started = []
-
-    def start(width: int = 1366, height: int = 900, *, is_phone: bool = False) -> Page:
-        options = webdriver.ChromeOptions()
-        options.binary_location = chromium
-        for argument in ("headless=new", "no-sandbox", "disable-gpu", "disable-dev-shm-usage"):
-            options.add_argument(f"--{argument}")
-        options.add_argument(f"--window-size={width},{height}")
-        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-        options.add_experimental_option("prefs", {"download.default_directory": str(downloads)})
-        if is_phone:
-            metrics = {"width": width, "height": height, "pixelRatio": 2}
-            options.add_experimental_option("mobileEmulation", {"deviceMetrics": metrics})
-        page = Page(webdriver.Chrome(options=options, service=webdriver.ChromeService(driver)))
-        started.append(page)
-        return page
-
-    yield start
-    for page in started:
-        page.driver.quit()
-
-
-@pytest.fixture(scope="module")
-def browser(start_browser) -> Page:
-    return start_browser()
-
-
-@pytest.fixture
-def page(browser):
-    """The browser; the page must not have complained."""
-    browser.driver.get_log("browser")
-    yield browser
-    expected = ("WebSocket", "status of 401", "ERR_CONNECTION_REFUSED")  # studios come and go here
-    log = browser.driver.get_log("browser")
-    complaints = [
-        e for e in log if e["level"] == "SEVERE" and not any(word in e["message"] for word in expected)
-    ]
-    browser.go("about:blank")
-    assert not complaints
 
 
 @pytest.fixture

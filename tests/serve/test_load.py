@@ -15,8 +15,9 @@ import websockets
 from websockets.asyncio.client import connect
 
 from longlive_jax.serve import protocol
-from tests.serve.conftest import CONFIG, served, wait_for
+from tests.serve.conftest import CONFIG, served
 from tests.serve.drawn import BLUE, RED, DrawnSession
+from tests.serve.page import wait_for
 
 SECONDS, VIEWERS, SLOW = 60, 20, 5
 _ALLOWED_GROWTH = 12 << 20

@@ -17,8 +17,9 @@ from longlive_jax.serve.history import split
 from longlive_jax.serve.room import TRY_AGAIN, Outbox
 from longlive_jax.video import read_video
 from tests.serve import drawn
-from tests.serve.conftest import CONFIG, Browser, wait_for
+from tests.serve.conftest import CONFIG, Browser
 from tests.serve.drawn import BLUE, GREEN, RED, DrawnSession
+from tests.serve.page import wait_for
 
 
 def colours(frames) -> list[str]:
@@ -350,8 +351,12 @@ def test_control_passes_on_when_its_browser_stays_away(client, connect):
         room = Browser(socket).open()
         other = connect()
         other.send(type="watch", room=room)
-        other.get("presence", role="watch")
-    other.get("presence", role="control", viewers=1)
+        assert other.get("presence")["role"] == "watch"
+        other.send(type="pause")
+        assert "control" in other.get("error")["text"]
+    assert other.get("presence", role="control")["viewers"] == 1
+    other.send(type="pause")
+    state_with(other, paused=True)
 
 
 def test_an_idle_session_makes_room_only_when_others_wait(connect, monkeypatch):

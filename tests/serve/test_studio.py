@@ -16,7 +16,7 @@ from longlive_jax.serve.studio import Studio
 from longlive_jax.serve.warming import Warming
 from longlive_jax.session.warm_up import warm_up
 from tests.inference._live import small_pipeline
-from tests.serve.conftest import wait_for
+from tests.serve.page import wait_for
 
 FOX, STOPS = "a red fox runs", "the fox stops"
 

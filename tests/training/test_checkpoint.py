@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from longlive_jax import sharding
-from longlive_jax.config import TransformerConfig, WindowConfig, override
+from longlive_jax.config import TransformerConfig, WindowConfig
+from longlive_jax.config_dict import override
 from longlive_jax.errors import UserError
 from longlive_jax.training import state as states
 from longlive_jax.training.checkpoint import FOLDER, Checkpoints, has_checkpoints

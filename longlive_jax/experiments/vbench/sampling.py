@@ -11,7 +11,7 @@ import jax
 
 from longlive_jax import storage
 from longlive_jax.checkpoint import open_checkpoint
-from longlive_jax.config import override, to_dict
+from longlive_jax.config_dict import override, to_dict
 from longlive_jax.errors import require
 from longlive_jax.experiments.parallel import Shard, on_each
 from longlive_jax.experiments.progress import Progress

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from longlive_jax import checkpoint, sharding, toy
-from longlive_jax.inference.pipeline import text_encoder_of
+from longlive_jax.inference.parts import text_encoder_of
 from longlive_jax.models import text_encoder as text_lib
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.tokenizer import Tokenizer, train_word_tokenizer
