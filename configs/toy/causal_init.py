@@ -2,7 +2,7 @@
 
     longlive train configs/toy/causal_init.py
 
-Needs runs/toy/teacher/export.
+Needs runs/toy/teacher_3/export.
 """
 
 from longlive_jax.config import preset
@@ -25,7 +25,7 @@ def get_config() -> CausalInitTraining:
         ),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
         data=ClipsConfig(batch_size=4, frames=21, examples=768),
-        base="runs/toy/teacher/export",
+        base="runs/toy/teacher_3/export",
         flow=CausalFlowConfig(past_noise=0.1, encoded_frames=21),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
     )

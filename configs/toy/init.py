@@ -2,7 +2,7 @@
 
     longlive train configs/toy/init.py
 
-Needs runs/toy/causal_init/export and, as the teacher, runs/toy/teacher/export.
+Needs runs/toy/causal_init/export and, as the teacher, runs/toy/teacher_3/export.
 """
 
 from longlive_jax.config import preset
@@ -40,7 +40,7 @@ def get_config() -> InitTraining:
         data=PromptsConfig(batch_size=8),
         base="runs/toy/causal_init/export",
         dmd=DMDConfig(guidance=1.0, shift=3.0, score_shift=3.0),
-        scores=ScoresConfig(teacher="runs/toy/teacher/export", critic_updates=3, dtype="float32"),
+        scores=ScoresConfig(teacher="runs/toy/teacher_3/export", critic_updates=3, dtype="float32"),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
     )
 

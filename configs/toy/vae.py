@@ -21,7 +21,7 @@ def get_config() -> VAETraining:
     return VAETraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/vae", steps=600, eval_every=150, checkpoint_every=50, export_every=250
+            folder="runs/toy/vae", steps=450, eval_every=150, checkpoint_every=50, export_every=250
         ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,

@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from longlive_jax.config_dict import override
+from longlive_jax.config import override
 from longlive_jax.training.config import DistillTraining, FlowTraining, Training, VAETraining
 
 T = TypeVar("T", bound=Training)
@@ -33,7 +33,7 @@ _STAGES: Mapping[type[Training], Mapping[str, Any]] = {
     FlowTraining: {"data.examples": 8, "flow.sample_steps": 2},
     DistillTraining: {
         "critic_optimizer.warmup_steps": 0,
-        "scores.teacher": "runs/smoke/teacher/export",
+        "scores.teacher": "runs/smoke/teacher_3/export",
         "rollout.clip_frames": 6,
         "model.window.window_frames": 6,
         "evaluation.frames": 6,

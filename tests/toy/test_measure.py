@@ -117,7 +117,7 @@ def test_readings_do_not_depend_on_the_batch():
 
 
 def test_motion_is_not_read_across_a_cut():
-    step = np.concatenate([np.tile([WORLD.speed, 0], (12, 1)), np.tile([0, WORLD.speed], (12, 1))])
+    step = np.concatenate([np.tile([2.0, 0], (12, 1)), np.tile([0, 2.0], (12, 1))])
     centre = np.mod(60 + np.cumsum(step, axis=0), 64)[None]
     present = np.ones((1, 24), bool)
     right, down = 1, 3
@@ -137,13 +137,12 @@ def test_motion_needs_a_visible_sprite_at_the_right_speed():
     def at(speed):
         return np.mod(np.stack([speed * frames, 0 * frames], axis=1), 64)[None]
 
-    for share, code in ((0.1, still), (0.8, right), (1.3, right), (0.4, UNKNOWN), (2.0, UNKNOWN)):
-        assert (motion_codes(WORLD, at(share * WORLD.speed), present) == code).all(), share
-    along = 0.7 * WORLD.speed * frames
-    oblique = np.mod(np.stack([along, along], axis=1), 64)[None]
+    for speed, code in ((0.2, still), (1.6, right), (2.6, right), (0.8, UNKNOWN), (4.0, UNKNOWN)):
+        assert (motion_codes(WORLD, at(speed), present) == code).all(), speed
+    oblique = np.mod(np.stack([1.4 * frames, 1.4 * frames], axis=1), 64)[None]
     assert (motion_codes(WORLD, oblique, present) == UNKNOWN).all()
     present[0, 10:14] = False
-    hidden = motion_codes(WORLD, at(WORLD.speed), present)
+    hidden = motion_codes(WORLD, at(2.0), present)
     assert (hidden[0, 9:15] == UNKNOWN).all()
     assert (hidden[0, :4] == right).all()
 

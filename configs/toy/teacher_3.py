@@ -1,8 +1,8 @@
 """The toy teacher, third part: whole clips of 21 latent frames.
 
-    longlive train configs/toy/teacher.py
+    longlive train configs/toy/teacher_3.py
 
-Needs runs/toy/teacher_block/export.
+Needs runs/toy/teacher_2/export.
 """
 
 from longlive_jax.config import preset
@@ -21,13 +21,13 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher", steps=3000, eval_every=750, checkpoint_every=100, export_every=750
+            folder="runs/toy/teacher_3", steps=1500, eval_every=300, checkpoint_every=100, export_every=300
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=50, ema_decay=0.999),
-        data=ClipsConfig(batch_size=2, frames=21, examples=1024),
-        base="runs/toy/teacher_block/export",
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.999),
+        data=ClipsConfig(batch_size=4, frames=21, examples=768),
+        base="runs/toy/teacher_2/export",
         flow=FlowConfig(levels="logit_normal", guidance=2.0, encoded_frames=21),
-        evaluation=EvaluationConfig(clips=24, frames=21, batch_size=8, metric="all", better="max"),
+        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
     )
 
 
