@@ -15,7 +15,7 @@ Numbers that were chosen, and why:
 - A size is the radius of the disc of equal area, so that it means the same for every shape. Sizes of 9
   to 12 give squares of 16 to 21 pixels, a quarter to a third of the frame's side.
 - A lane keeps 16 pixels from the edges, so a sprite is cut in two only where it moves over one. Without,
-  half of all frames showed a sprite in two pieces, and a small model spent itself on them.
+  nearly half of all frames would show it in pieces: 1 - (1 - 17 / 64)^2 at a width of 17 pixels.
 """
 
 import dataclasses
