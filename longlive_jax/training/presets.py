@@ -5,7 +5,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from longlive_jax.config import override
+from longlive_jax.config_dict import override
 from longlive_jax.training.config import DistillTraining, FlowTraining, Training, VAETraining
 
 T = TypeVar("T", bound=Training)
