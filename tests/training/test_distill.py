@@ -115,7 +115,8 @@ def test_a_sequence_in_flight_is_resumed_bit_for_bit(base, whole_long_run, tmp_p
     assert logged(tmp_path / "run") == logged(whole_long_run[0])
 
 
-@pytest.mark.parametrize("name", ["init", pytest.param("long", marks=pytest.mark.slow)])
+@pytest.mark.slow  # flow matching on eight devices is in the default run
+@pytest.mark.parametrize("name", ["init", "long"])
 def test_eight_devices_train_like_one(name, base, tmp_path):
     """Losses agree to 1e-4 relative, the rollout's blocks feeding on each other's rounding.
 
