@@ -1,5 +1,7 @@
 """What every benchmark shares: the machine's description, side-by-side timing, the JSON result."""
 
+import importlib
+import importlib.util
 import json
 import os
 import pathlib
@@ -45,9 +47,7 @@ def side_by_side(ours: Callable[[], Any], theirs: Callable[[], Any], *, repeats:
     Returns:
       Seconds of each (median, minimum, maximum) and the median of the ratios ours / theirs pair by pair.
     """
-    ours()
-    theirs()
-    pairs = [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+    pairs = in_turn(ours, theirs, repeats=repeats)
     return {
         "ours_seconds": summary([a for a, _ in pairs]),
         "theirs_seconds": summary([b for _, b in pairs]),
@@ -56,10 +56,44 @@ def side_by_side(ours: Callable[[], Any], theirs: Callable[[], Any], *, repeats:
     }
 
 
+def in_turn(ours: Callable[[], Any], theirs: Callable[[], Any], *, repeats: int) -> list[tuple[float, float]]:
+    """Seconds of two calls in turn, A B A B, after one untimed call of each; both return finished results."""
+    ours()
+    theirs()
+    return [(_seconds(ours), _seconds(theirs)) for _ in range(repeats)]
+
+
 def _seconds(call: Callable[[], Any]) -> float:
     start = time.perf_counter()
     call()
     return time.perf_counter() - start
+
+
+def absence(package: str) -> str | None:
+    """Why an optional package cannot be used here; None where it can."""
+    if importlib.util.find_spec(package) is None:
+        return f"{package} is not installed"
+    try:
+        importlib.import_module(package)
+    except Exception as problem:  # of any kind: a release that was made for other versions of what it imports
+        return f"{package} does not import: {problem}"
+    return None
+
+
+def torch_device() -> str:
+    """Where PyTorch computes here."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def torch_wait(result: Any) -> Any:
+    """Blocks until PyTorch has computed a result, and returns it; on a CPU it has."""
+    import torch
+
+    if result.is_cuda:
+        torch.cuda.synchronize(result.device)
+    return result
 
 
 def summary(values: list[float]) -> dict[str, float]:

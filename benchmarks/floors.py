@@ -39,7 +39,7 @@ class Work:
     def __add__(self, other: "Work") -> "Work":
         return Work(self.flops + other.flops, self.size + other.size)
 
-    def times(self, count: int) -> "Work":
+    def times(self, count: float) -> "Work":
         return Work(self.flops * count, self.size * count)
 
     def seconds(self, rates: Rates) -> float:

@@ -12,6 +12,7 @@ first, the model in its own precision. With --decode the VAE decodes every block
 import argparse
 import collections
 import dataclasses
+import functools
 import re
 import statistics
 import tempfile
@@ -47,18 +48,21 @@ SMALL = {"toy": ((8, 8), None), "wan_1_3b": ((16, 16), 2)}
 
 
 def draw(shapes: Any, dtype: str, *, seed: int) -> Any:
-    """Random weights of the usual spread, in `dtype`, layer by layer."""
-    random = np.random.default_rng(seed)
+    """Random weights of the usual spread, in `dtype`, drawn where they live."""
+    numbers = iter(jax.random.split(jax.random.key(seed), len(jax.tree.leaves(shapes))))
+
+    @functools.partial(jax.jit, static_argnums=(1, 2, 3))
+    def drawn(key: jax.Array, shape: tuple[int, ...], spread: float, middle: float) -> jax.Array:
+        def part(key: jax.Array) -> jax.Array:  # layer by layer: all at once would be float32 for a moment
+            return (middle + spread * jax.random.normal(key, shape[1:])).astype(dtype)
+
+        return jax.lax.map(part, jax.random.split(key, shape[0]))
 
     def one(path: Any, leaf: jax.ShapeDtypeStruct) -> jax.Array:
         name = path[-1].key
         fan_in = np.prod(leaf.shape[-4:-1]) if leaf.ndim > 3 else leaf.shape[-2] if leaf.ndim > 1 else 1
-        spread = fan_in**-0.5 if name == "kernel" else 0.02
-        value = np.empty(leaf.shape, jnp.dtype(dtype))
-        for i in range(leaf.shape[0]):
-            part = spread * random.standard_normal(leaf.shape[1:], np.float32)
-            value[i] = part + (name in ("scale", "gamma"))
-        return jnp.asarray(value)
+        spread = float(fan_in) ** -0.5 if name == "kernel" else 0.02
+        return drawn(next(numbers), leaf.shape, spread, float(name in ("scale", "gamma")))
 
     return jax.tree_util.tree_map_with_path(one, shapes)
 
@@ -178,7 +182,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         # What `products` compiles is what is timed: without a cache everything would be compiled twice.
-        jax.config.update("jax_compilation_cache_dir", folder)
+        if not jax.config.jax_compilation_cache_dir:
+            jax.config.update("jax_compilation_cache_dir", folder)
         models = run(arguments)
     common.save(f"quantize_speed_{arguments.name}", {"what": __doc__.splitlines()[0], "models": models})
 

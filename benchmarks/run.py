@@ -4,32 +4,51 @@
     python -m benchmarks.run --suite cpu --only attention block_step
 
 Every part runs in a process of its own and under a timeout, so a kernel that hangs costs its own numbers
-only; correctness comes before timing. The result is a table and `results/suite_NAME.json`.
+only; correctness comes before timing. With --warm all parts run once at the same time before, untimed, to
+fill JAX's compilation cache: on a machine with many cores that takes as long as the slowest of them. The
+result is a table and `results/suite_NAME.json`.
 """
 
 import argparse
+import concurrent.futures
+import functools
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 from benchmarks import common
 from benchmarks.parts import PARTS, SUITES
 
 TIMEOUT = 480
+EXTRA = ("fps", "peak_mib", "error", "difference", "ours_over_theirs")
+
+CACHE = "JAX_COMPILATION_CACHE_DIR"
+CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
-def measured(part: str, suite: str, *, timeout: int) -> dict[str, Any]:
-    """Runs one part and returns what it printed last, or what went wrong."""
+def measured(part: str, suite: str, *, timeout: int, is_warming: bool = False) -> dict[str, Any]:
+    """Runs one part and returns what it measured, and what went wrong."""
     command = [sys.executable, "-m", "benchmarks.parts", part, "--suite", suite]
-    try:
-        process = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not done after {timeout} s"}
-    if process.returncode:
-        return {"failed": process.stderr.strip().splitlines()[-1:] or process.returncode}
-    result: dict[str, Any] = json.loads(process.stdout.splitlines()[-1])
-    return result
+    command += ["--repeats", "1"] if is_warming else []
+    environment = os.environ | (SHARED_DEVICE if is_warming else {})
+    problem: dict[str, Any] = {}
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run(
+                command, stdout=out, stderr=errors, timeout=timeout, env=environment
+            ).returncode
+        except subprocess.TimeoutExpired:
+            problem = {"failed": f"not done after {timeout} s"}
+        else:
+            errors.seek(0)
+            problem = {"failed": errors.read().strip().splitlines()[-1:] or code} if code else {}
+        out.seek(0)
+        rows = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
+    return {"rows": rows, **problem}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -44,7 +63,7 @@ def table(results: dict[str, Any]) -> str:
                 continue
             floor = f"{1e3 * row['floor_seconds']:11.3f}" if "floor_seconds" in row else " " * 11
             ratio = f"{row['times_floor']:9.2f}" if "times_floor" in row else " " * 9
-            extra = "  ".join(f"{k}={row[k]}" for k in ("fps", "peak_mib", "error") if k in row)
+            extra = "  ".join(f"{k}={row[k]}" for k in EXTRA if k in row)
             lines.append(f"{part:14}{row['case']:44}{1e3 * row['seconds']:11.3f}{floor}{ratio}  {extra}")
     return "\n".join(lines)
 
@@ -57,7 +76,27 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds for each part")
     parser.add_argument("--no-save", action="store_true")
+    parser.add_argument("--warm", action="store_true", help="compile the parts side by side first")
     arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if arguments.warm:
+            os.environ |= {CACHE: os.environ.get(CACHE, folder), **CACHE_ALL}
+            warm_up(arguments)
+        measure(arguments)
+
+
+def warm_up(arguments: argparse.Namespace) -> None:
+    """Runs all parts once, at the same time."""
+    print("compiling ...", file=sys.stderr, flush=True)
+    run = functools.partial(measured, suite=arguments.suite, timeout=arguments.timeout, is_warming=True)
+    with concurrent.futures.ThreadPoolExecutor(len(arguments.only)) as pool:
+        for part, found in zip(arguments.only, pool.map(run, arguments.only), strict=True):
+            if "failed" in found:
+                print(f"{part}: {found['failed']}", file=sys.stderr, flush=True)
+
+
+def measure(arguments: argparse.Namespace) -> None:
+    """Runs the parts one after the other, prints the table and keeps the result."""
     results = {}
     for part in arguments.only:
         print(f"{part} ...", file=sys.stderr, flush=True)

@@ -6,43 +6,16 @@ python -m benchmarks.transformer_forward
 import argparse
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import WanTransformer3DModel
 
-from benchmarks import common
+from benchmarks import common, peers
 from longlive_jax.config import TransformerConfig
-from longlive_jax.convert import keys_transformer
 from longlive_jax.models.transformer import Transformer, init_params
 
 CONFIG = TransformerConfig(
     dim=512, ffn_dim=2048, num_heads=4, num_layers=8, text_dim=512, text_len=64
 )  # fmt: skip
-
-
-def build_diffusers(config: TransformerConfig, params: dict) -> torch.nn.Module:
-    """diffusers' model holding the same weights, through the key table."""
-    model = WanTransformer3DModel(
-        patch_size=config.patch,
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        in_channels=config.latent_channels,
-        out_channels=config.latent_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-    ).eval()
-    state = {}
-    for name, rule, layer in keys_transformer.diffusers_table(config).sources():
-        leaf = params
-        for key in rule.target.split("/"):
-            leaf = leaf[key]
-        leaf = np.asarray(leaf if layer is None else leaf[layer])
-        state[name] = torch.tensor(np.ascontiguousarray(rule.to_source(leaf)))
-    model.load_state_dict(state)
-    return model
 
 
 def main() -> None:
@@ -56,28 +29,13 @@ def main() -> None:
 
     model = Transformer(CONFIG)
     params = init_params(model, jax.random.key(0))
-    theirs = build_diffusers(CONFIG, params)
     shape = (1, arguments.frames, arguments.height, arguments.width, CONFIG.latent_channels)
     latents = np.random.default_rng(0).standard_normal(shape, np.float32)
     text = np.random.default_rng(1).standard_normal((1, CONFIG.text_len, CONFIG.text_dim), np.float32)
-    timestep = 500.0
+    run_ours = peers.our_pass(model, params, latents, text)
+    run_theirs = peers.their_pass(peers.build_diffusers(CONFIG, params), latents, text)
 
-    @jax.jit
-    def forward(params: dict, latents: jax.Array, text: jax.Array) -> jax.Array:
-        context = model.apply({"params": params}, text, method="text_context")
-        return model.apply({"params": params}, latents, jnp.full((1, 1), timestep), context)[0]
-
-    torch_latents = torch.tensor(latents.transpose(0, 4, 1, 2, 3).copy())
-    torch_text = torch.tensor(text)
-
-    def run_ours() -> np.ndarray:
-        return np.asarray(forward(params, latents, text))
-
-    def run_theirs() -> np.ndarray:
-        with torch.inference_mode():
-            return theirs(torch_latents, torch.tensor([timestep]), torch_text).sample.numpy()
-
-    error = np.abs(run_ours() - run_theirs().transpose(0, 2, 3, 4, 1)).max()
+    error = np.abs(np.asarray(run_ours()) - peers.channels_last(run_theirs())).max()
     result = {
         "what": "one bidirectional forward, text keys and values included, float32, same weights",
         "tokens": arguments.frames * CONFIG.frame_len(arguments.height, arguments.width),

@@ -95,7 +95,16 @@ def test_the_block_step_hands_the_whole_cache_to_the_kernel(as_if_on_hopper):
     assert made(program, state.cache.key.size) <= kept
 
 
-def test_auto_does_not_take_the_kernel_before_it_is_measured(as_if_on_hopper):
+def test_auto_takes_the_kernel_over_a_cache_where_it_can_read_it(as_if_on_hopper):
     query = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
-    assert api.choose(query, "auto") == "reference"  # no cuDNN here
+
+    def chosen(tokens, dtype=jnp.bfloat16):
+        cached = jnp.zeros((1, tokens, 1, 64), dtype)
+        context = api.CachedContext(cached, cached, jnp.ones(1, jnp.int32))
+        return api.choose(query.astype(dtype), "auto", context)
+
+    assert chosen(16) == "pallas_mosaic_gpu"
+    # No cuDNN here, so what the kernel does not take goes to the reference.
+    assert chosen(12) == chosen(16, jnp.float32) == "reference"
+    assert api.choose(query, "auto") == "reference"
     assert api.choose(query, "pallas_mosaic_gpu") == "pallas_mosaic_gpu"

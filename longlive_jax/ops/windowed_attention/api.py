@@ -74,8 +74,9 @@ def windowed_attention(
       context: further keys and values, attended to up to their length.
       implementation: "reference" runs everywhere; "cudnn" needs a GPU, float16 or bfloat16 and a head
         size that is a multiple of 8 up to 128; "pallas_mosaic_gpu" needs a Hopper GPU (H100, H200), float16
-        or bfloat16 and a head size of 64 or 128. "auto" takes cudnn exactly where it can run, and the
-        reference elsewhere.
+        or bfloat16, a head size of 64 or 128 and a cache of a multiple of 8 tokens. "auto" takes
+        pallas_mosaic_gpu where it can run and there is a cached context, cudnn where that can run, and
+        the reference elsewhere.
 
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
@@ -83,7 +84,7 @@ def windowed_attention(
     Raises:
       UserError: an implementation was asked for where it cannot run.
     """
-    chosen = choose(query, implementation)
+    chosen = choose(query, implementation, context)
     if chosen == "cudnn":
         return _attend_cudnn(query, key, value, **_cached(context, query.dtype))
     return _attend(query, key, value, context, chosen)[0]
@@ -110,18 +111,24 @@ def windowed_attention_lse(
     """
     require(implementation != "cudnn", "attention='cudnn' gives no log-sum-exp; use 'pallas_mosaic_gpu'")
     if implementation == "auto":
-        fits = _obstacle("pallas_mosaic_gpu", query) is None and _cached_tokens(context) % 8 == 0
-        implementation = "pallas_mosaic_gpu" if fits else "reference"
-    return _attend(query, key, value, context, choose(query, implementation))
+        implementation = "pallas_mosaic_gpu" if _fits_pallas(query, context) else "reference"
+    return _attend(query, key, value, context, choose(query, implementation, context))
 
 
-def choose(query: Array, implementation: AttentionImplementation) -> AttentionImplementation:
+def choose(
+    query: Array, implementation: AttentionImplementation, context: CachedContext | None = None
+) -> AttentionImplementation:
     """The implementation that a call gets on the default device.
+
+    What "auto" takes is what was faster on an H200 (`benchmarks/results/suite_gpu.json`): over a cache, which
+    has no gradient, our kernel at every length; with gradients, cuDNN.
 
     Raises:
       UserError: one was asked for where it cannot run; nothing else takes its place.
     """
     if implementation == "auto":
+        if context is not None and _fits_pallas(query, context):
+            return "pallas_mosaic_gpu"
         return "reference" if _obstacle("cudnn", query) else "cudnn"
     obstacle = _obstacle(implementation, query)
     if obstacle:
@@ -139,6 +146,10 @@ def _obstacle(implementation: AttentionImplementation, query: Array) -> str | No
     if implementation == "pallas_mosaic_gpu":
         return _pallas().obstacle(query, platform=platform)
     return None
+
+
+def _fits_pallas(query: Array, context: CachedContext | None) -> bool:
+    return _obstacle("pallas_mosaic_gpu", query) is None and _cached_tokens(context) % 8 == 0
 
 
 def _cached_tokens(context: CachedContext | None) -> int:
