@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 # The toy recipe in order: every run begins with the export of the one before it (docs/training.md).
-TOY_RUNS := vae_images vae text teacher_images teacher_1 teacher_2 teacher_3 causal_init init long vae_decoder
+TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init long
 # Where `make toy-bundle` finds them.
 TOY ?= runs/toy
 

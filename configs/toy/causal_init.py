@@ -2,7 +2,7 @@
 
     longlive train configs/toy/causal_init.py
 
-Needs runs/toy/teacher_3/export.
+Needs runs/toy/teacher/export.
 """
 
 from longlive_jax.config import preset
@@ -21,13 +21,13 @@ def get_config() -> CausalInitTraining:
     return CausalInitTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/causal_init", steps=500, eval_every=300, checkpoint_every=100, export_every=300
+            folder="runs/toy/causal_init", steps=2000, eval_every=500, checkpoint_every=250, export_every=500
         ),
-        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
-        data=ClipsConfig(batch_size=4, frames=21, examples=768),
-        base="runs/toy/teacher_3/export",
-        flow=CausalFlowConfig(past_noise=0.1, encoded_frames=21),
-        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
+        optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=100, ema_decay=0.998),
+        data=ClipsConfig(batch_size=32, frames=21, examples=4096),
+        base="runs/toy/teacher/export",
+        flow=CausalFlowConfig(levels="logit_normal", past_noise=0.1, guidance=2.0, encoded_frames=21),
+        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=32, metric="all", better="max"),
     )
 
 

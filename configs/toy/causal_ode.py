@@ -2,7 +2,7 @@
 
     longlive train configs/toy/causal_ode.py
 
-Needs runs/toy/teacher_3/export. Not a part of the recipe: docs/training.md compares it with causal_init.py.
+Needs runs/toy/teacher/export. Not a part of the recipe: docs/training.md compares it with causal_init.py.
 """
 
 from longlive_jax.config import preset
@@ -26,7 +26,7 @@ def get_config() -> CausalInitTraining:
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
         # A trajectory costs as many passes as five updates with it do: a few, each seen four times.
         data=ClipsConfig(batch_size=4, frames=21, examples=512),
-        base="runs/toy/teacher_3/export",
+        base="runs/toy/teacher/export",
         flow=CausalFlowConfig(method="ode", text_dropout=0.0, past_noise=0.1),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
     )

@@ -2,7 +2,7 @@
 
     longlive train configs/toy/init.py
 
-Needs runs/toy/causal_init/export and, as the teacher, runs/toy/teacher_3/export.
+Needs runs/toy/causal_init/export and, as the teacher, runs/toy/teacher/export.
 """
 
 from longlive_jax.config import preset
@@ -24,7 +24,7 @@ def get_config() -> InitTraining:
     return InitTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/init", steps=360, eval_every=120, checkpoint_every=30, export_every=120
+            folder="runs/toy/init", steps=720, eval_every=180, checkpoint_every=60, export_every=180
         ),
         optimizer=OptimizerConfig(
             learning_rate=2e-4,
@@ -40,8 +40,8 @@ def get_config() -> InitTraining:
         data=PromptsConfig(batch_size=8),
         base="runs/toy/causal_init/export",
         dmd=DMDConfig(guidance=1.0, shift=3.0, score_shift=3.0),
-        scores=ScoresConfig(teacher="runs/toy/teacher_3/export", critic_updates=3, dtype="float32"),
-        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
+        scores=ScoresConfig(teacher="runs/toy/teacher/export", critic_updates=3, dtype="float32"),
+        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=32, metric="all", better="max"),
     )
 
 

@@ -2,7 +2,7 @@
 
     longlive train configs/toy/long.py
 
-Needs runs/toy/init/export and, as the teacher, runs/toy/teacher_3/export.
+Needs runs/toy/init/export and, as the teacher, runs/toy/teacher/export.
 """
 
 from longlive_jax.config import preset
@@ -42,10 +42,10 @@ def get_config() -> LongTraining:
         data=PromptsConfig(batch_size=8),
         base="runs/toy/init/export",
         dmd=DMDConfig(guidance=1.0, shift=3.0, score_shift=3.0),
-        scores=ScoresConfig(teacher="runs/toy/teacher_3/export", critic_updates=3, dtype="float32"),
+        scores=ScoresConfig(teacher="runs/toy/teacher/export", critic_updates=3, dtype="float32"),
         lora=LoRAConfig(rank=32),
         streaming=StreamingConfig(),
-        evaluation=EvaluationConfig(clips=16, frames=63, batch_size=8, metric="all", better="max"),
+        evaluation=EvaluationConfig(clips=32, frames=63, batch_size=32, metric="all", better="max"),
     )
 
 

@@ -1,8 +1,8 @@
-"""The toy teacher, third part: whole clips of 21 latent frames.
+"""The toy teacher, second part: whole clips of 21 latent frames.
 
-    longlive train configs/toy/teacher_3.py
+    longlive train configs/toy/teacher.py
 
-Needs runs/toy/teacher_2/export.
+Needs runs/toy/teacher_block/export.
 """
 
 from longlive_jax.config import preset
@@ -21,13 +21,13 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher_3", steps=1500, eval_every=300, checkpoint_every=100, export_every=300
+            folder="runs/toy/teacher", steps=6000, eval_every=1000, checkpoint_every=500, export_every=1000
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=50, ema_decay=0.999),
-        data=ClipsConfig(batch_size=4, frames=21, examples=768),
-        base="runs/toy/teacher_2/export",
-        flow=FlowConfig(levels="logit_normal", guidance=2.0, encoded_frames=21),
-        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=8, metric="all", better="max"),
+        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, ema_decay=0.999, ema_start=500),
+        data=ClipsConfig(batch_size=32, frames=21, examples=4096),
+        base="runs/toy/teacher_block/export",
+        flow=FlowConfig(levels="logit_normal", frame_levels=0.5, guidance=2.0, encoded_frames=21),
+        evaluation=EvaluationConfig(clips=32, frames=21, batch_size=32, metric="all", better="max"),
     )
 
 

@@ -2,7 +2,7 @@
 
     longlive train configs/toy/text.py
 
-A minute on one CPU core. Needs runs/toy/vae/export.
+A minute on one CPU core. Needs runs/toy/vae_decoder/export.
 """
 
 from longlive_jax.config import preset
@@ -22,7 +22,7 @@ def get_config() -> TextTraining:
         run=RunConfig(folder="runs/toy/text", steps=600, eval_every=200, checkpoint_every=200),
         optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
         data=ClipsConfig(batch_size=64, frames=1),
-        base="runs/toy/vae/export",
+        base="runs/toy/vae_decoder/export",
         evaluation=EvaluationConfig(metric="accuracy", better="max"),
     )
 

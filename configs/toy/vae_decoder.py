@@ -1,8 +1,8 @@
-"""The toy model as it ships: the video decoder once more, alone, for sharper frames of the same latents.
+"""The toy world's video decoder once more, alone, for sharper frames of the same latents.
 
     longlive train configs/toy/vae_decoder.py
 
-Needs runs/toy/long/export.
+Needs runs/toy/vae/export.
 """
 
 from longlive_jax.config import preset
@@ -21,7 +21,7 @@ def get_config() -> VAETraining:
     return VAETraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/vae_decoder", steps=600, eval_every=250, checkpoint_every=50, export_every=250
+            folder="runs/toy/vae_decoder", steps=1500, eval_every=250, checkpoint_every=50, export_every=500
         ),
         optimizer=OptimizerConfig(
             learning_rate=1e-3,
@@ -32,9 +32,9 @@ def get_config() -> VAETraining:
             ema_start=100,
         ),
         data=ClipsConfig(batch_size=4, frames=3),
-        base="runs/toy/long/export",
+        base="runs/toy/vae/export",
         vae=VAELoss(latent_noise=0.15, trained="decoder"),
-        evaluation=EvaluationConfig(clips=16, frames=9, batch_size=4, metric="all", better="max"),
+        evaluation=EvaluationConfig(clips=32, frames=9, batch_size=4, metric="all", better="max"),
     )
 
 

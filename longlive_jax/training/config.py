@@ -302,6 +302,9 @@ class FlowConfig:
       causal_share: share of every batch that is trained block by block after a clean past; the others
         see all frames at one noise level.
       past_noise: largest noise level of that past; a little makes the model forgive its own errors.
+      frame_levels: share of the others whose frames have a noise level each (diffusion forcing, arXiv
+        2407.01392). A clear frame beside a noisy one teaches how frames follow from each other, which
+        at one level for all takes a small model many times longer to find out.
       sample_steps: Euler steps of the evaluation's samples.
       guidance: scale of their guidance; 1 is none.
       encoded_frames: latent frames that are encoded per clip, of which the first `data.frames` are used, so
@@ -314,6 +317,7 @@ class FlowConfig:
     text_dropout: float = 0.1
     causal_share: float = 0.0
     past_noise: float = 0.0
+    frame_levels: float = 0.0
     sample_steps: int = 20
     guidance: float = 1.0
     encoded_frames: int = 0
@@ -321,7 +325,7 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         require(self.shift > 0, f"flow.shift={self.shift} must be positive")
-        for name in ("text_dropout", "causal_share", "past_noise"):
+        for name in ("text_dropout", "causal_share", "past_noise", "frame_levels"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"flow.{name}={value} must be in [0, 1]")
         _at_least("flow", self, sample_steps=1, guidance=0, encoded_frames=0)

@@ -210,7 +210,9 @@ def loss_fn(
         total += metrics["loss_causal"] * causal / size
     if causal < size:
         later, later_text = task.rows(slice(causal, size)), jax.tree.map(lambda x: x[:, causal:], text)
-        found = velocity(generator, params, later.noisy, later.sigma[:, :1], later_text, None)
+        # One timestep per clip, where it is the same for all of its frames, saves the modulation of each.
+        sigma = later.sigma if config.flow.frame_levels else later.sigma[:, :1]
+        found = velocity(generator, params, later.noisy, sigma, later_text, None)
         metrics["loss_bidirectional"] = error(found, later)
         total += metrics["loss_bidirectional"] * (size - causal) / size
     return total, metrics if len(metrics) > 1 else {}
@@ -286,16 +288,18 @@ def _regression(generator: Generator, key: PRNGKey, states: Array) -> Task:
 def _noise_levels(
     config: FlowTraining, key: PRNGKey, shape: tuple[int, int], *, block: int, causal: int
 ) -> Array:
-    """Noise levels `[B, F]` in (0, 1): one per block of the causal clips, one per clip of the others."""
+    """Noise levels `[B, F]` in (0, 1): one per block of the causal clips, then one per frame of some clips
+    (`flow.frame_levels`), then one per clip."""
     size, frames = shape
-    drawn = (size, -(-frames // block))
     if config.flow.levels == "logit_normal":
-        level = jax.nn.sigmoid(jax.random.normal(key, drawn))
+        level = jax.nn.sigmoid(jax.random.normal(key, shape))
     else:
-        level = jax.random.uniform(key, drawn)
+        level = jax.random.uniform(key, shape)
     level = jnp.asarray(shift_sigma(level, config.flow.shift))
-    level = jnp.where(jnp.arange(size)[:, None] < causal, level, level[:, :1])
-    return jnp.repeat(level, block, axis=1)[:, :frames]
+    clip, frame = jnp.arange(size)[:, None], jnp.arange(frames)
+    apart = causal + round((size - causal) * config.flow.frame_levels)
+    first = jnp.where(clip < causal, frame // block * block, jnp.where(clip < apart, frame, 0))
+    return jnp.take_along_axis(level, first, axis=1)
 
 
 def velocity(

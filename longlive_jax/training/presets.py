@@ -33,7 +33,7 @@ _STAGES: Mapping[type[Training], Mapping[str, Any]] = {
     FlowTraining: {"data.examples": 8, "flow.sample_steps": 2},
     DistillTraining: {
         "critic_optimizer.warmup_steps": 0,
-        "scores.teacher": "runs/smoke/teacher_3/export",
+        "scores.teacher": "runs/smoke/teacher/export",
         "rollout.clip_frames": 6,
         "model.window.window_frames": 6,
         "evaluation.frames": 6,

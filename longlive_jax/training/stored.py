@@ -7,6 +7,7 @@ runs, and what is there is never stale. A shard appears complete or not at all; 
 with the first one missing.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import hashlib
@@ -81,14 +82,19 @@ class StoredClips:
         shards = -(-self.clips.examples // SHARD_CLIPS)
         missing = [i for i in range(shards) if not _file(self.folder, i).exists()]
         mine = missing[jax.process_index() :: jax.process_count()]
-        for count, index in enumerate(mine):
-            if count % 8 == 0:
-                say(f"{self.name} of clips into {self.folder}: {count}/{len(mine)} shards")
-            self._make_shard(index, make, together)
+        with concurrent.futures.ThreadPoolExecutor(self.clips.threads) as pool:
+            made = pool.map(functools.partial(self._make_shard, make=make, together=together), mine)
+            try:
+                for count, _ in enumerate(made, 1):
+                    if count % 8 == 0:
+                        say(f"{self.name} of clips into {self.folder}: {count}/{len(mine)} shards")
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
         processes.sync(self.name)
         return self
 
-    def _make_shard(self, index: int, make: Make, together: int) -> None:
+    def _make_shard(self, index: int, *, make: Make, together: int) -> None:
         parts = []
         for at in range(index * SHARD_CLIPS, (index + 1) * SHARD_CLIPS, together):
             indices = np.arange(at, at + together)
