@@ -8,7 +8,7 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 # The toy recipe in order: every run begins with the export of the one before it (docs/training.md).
-TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init long
+TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init init_guided long
 # Where `make toy-bundle` finds them.
 TOY ?= runs/toy
 
@@ -52,7 +52,7 @@ toy: $(VENV)/.demo
 # What is measured is what is shipped. Goes on where it was stopped, like the training.
 toy-bundle: $(VENV)/.demo
 	$(BIN)/python -m longlive_jax.toy.bundle weights $(TOY)/$(lastword $(TOY_RUNS))/export
-	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export \
+	$(BIN)/python -m benchmarks.toy_model toy --compare init_guided=$(TOY)/init_guided/export \
 	  --compare float32=$(TOY)/$(lastword $(TOY_RUNS))/export
 	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs $(TOY)
 	$(BIN)/python examples/demo.py outputs/demo

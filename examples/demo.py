@@ -17,8 +17,8 @@ from longlive_jax.cli.main import main as longlive
 
 SECONDS = 15
 PROMPTS = (
-    "a red square staying still on a dark background",
-    "a blue triangle staying still on a light background",
+    "a red square moving left on a dark background",
+    "a blue square moving up on a light background",
 )
 
 

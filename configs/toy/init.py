@@ -24,7 +24,7 @@ def get_config() -> InitTraining:
     return InitTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/init", steps=720, eval_every=180, checkpoint_every=60, export_every=180
+            folder="runs/toy/init", steps=360, eval_every=180, checkpoint_every=60, export_every=180
         ),
         optimizer=OptimizerConfig(
             learning_rate=2e-4,

@@ -2,7 +2,7 @@
 
     longlive train configs/toy/long.py
 
-Needs runs/toy/init/export and, as the teacher, runs/toy/teacher/export.
+Needs runs/toy/init_guided/export and, as the teacher, runs/toy/teacher/export.
 """
 
 from longlive_jax.config import preset
@@ -25,27 +25,25 @@ BETAS = (0.0, 0.999)
 def get_config() -> LongTraining:
     return LongTraining(
         model=preset("toy"),
-        run=RunConfig(
-            folder="runs/toy/long", steps=600, eval_every=150, checkpoint_every=30, export_every=150
-        ),
+        run=RunConfig(folder="runs/toy/long", steps=180, checkpoint_every=60, export_every=60),
         optimizer=OptimizerConfig(
             learning_rate=2e-4,
-            schedule="constant",
+            schedule="cosine",
             warmup_steps=10,
             betas=BETAS,
             clip_norm=10.0,
             ema_decay=0.97,
         ),
         critic_optimizer=OptimizerConfig(
-            learning_rate=4e-4, schedule="constant", warmup_steps=10, betas=BETAS, clip_norm=10.0
+            learning_rate=4e-4, schedule="cosine", warmup_steps=10, betas=BETAS, clip_norm=10.0
         ),
         data=PromptsConfig(batch_size=8),
-        base="runs/toy/init/export",
-        dmd=DMDConfig(guidance=1.0, shift=3.0, score_shift=3.0),
+        base="runs/toy/init_guided/export",
+        dmd=DMDConfig(guidance=3.0, shift=3.0, score_shift=3.0),
         scores=ScoresConfig(teacher="runs/toy/teacher/export", critic_updates=3, dtype="float32"),
         lora=LoRAConfig(rank=32),
         streaming=StreamingConfig(),
-        evaluation=EvaluationConfig(clips=32, frames=63, batch_size=32, metric="all", better="max"),
+        evaluation=EvaluationConfig(clips=8, frames=21, batch_size=8, metric="all", better="max"),
     )
 
 

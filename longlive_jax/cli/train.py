@@ -25,7 +25,7 @@ _EXAMPLES = """\
 examples:
   longlive train configs/toy/vae.py
   longlive train configs/toy/vae.py --resume auto
-  longlive train configs/toy/teacher_1.py optimizer.learning_rate=1e-3 run.folder=runs/try
+  longlive train configs/toy/teacher_block.py optimizer.learning_rate=1e-3 run.folder=runs/try
   longlive train configs/toy/vae.py smoke=true                a few tiny steps, to see that it works
   srun longlive train configs/toy/vae.py --distributed        one process per Slurm task
 """

@@ -177,8 +177,10 @@ def _recipe(reports: Sequence[tuple[str, Report]]) -> str:
         hours = report["steps"] * (report["seconds_per_step"] or 0) / 3600
         total += hours
         score = report["scores"].get(metric)
+        steps, planned = report["steps"], settings["run"]["steps"]
+        made = str(steps) if steps == planned else f"{steps} of {planned}"
         lines.append(
-            f"| `{name}` | {_TRAINS.get(report['stage'], report['stage'])} | {report['steps']} "
+            f"| `{name}` | {_TRAINS.get(report['stage'], report['stage'])} | {made} "
             f"| {settings['data']['batch_size']} | {_clip_frames(settings)} "
             f"| {settings['optimizer']['learning_rate']:g} | {settings['run']['seed']} | {hours:.2f} "
             f"| {f'{metric} {score:.3f}' if score is not None else ''} |"

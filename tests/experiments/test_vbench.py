@@ -5,12 +5,14 @@ import os
 import pathlib
 import re
 
+import numpy as np
 import pytest
 
 from longlive_jax.cli.main import main
 from longlive_jax.errors import UserError
 from longlive_jax.experiments.parallel import Shard
 from longlive_jax.experiments.vbench import prompts, sampling, scores
+from longlive_jax.video import read_video
 
 # A list in the form of the official one: two entries with one prompt, punctuation, not only ASCII.
 LIST = [
@@ -130,12 +132,15 @@ def test_sampling_goes_on_where_it_stopped(listing, checkpoint_of, capsys):
     assert len(set(recorded["seeds"].values())) == 5
     assert main([*words, "--set", "sampler.shift=3"]) == 2
     assert "made with other config" in capsys.readouterr().err
-    # The same video whatever is made beside it.
-    alone = "out/videos/The bund Shanghai, oil painting-4.mp4"
-    before = pathlib.Path(alone).read_bytes()
-    pathlib.Path(alone).unlink()
+    # The same video whatever is made beside it, but for rounding: sums of other shapes, then H.264.
+    alone = pathlib.Path("out/videos/The bund Shanghai, oil painting-4.mp4")
+    before, other = (
+        read_video(path).astype(int) for path in (alone, alone.with_name(alone.name[:-5] + "3.mp4"))
+    )
+    alone.unlink()
     assert main(words) == 0
-    assert pathlib.Path(alone).read_bytes() == before
+    changed = np.abs(read_video(alone).astype(int) - before).mean()
+    assert changed < 0.5 < np.abs(other - before).mean()
 
 
 def test_a_failure_leaves_no_half_video(listing, checkpoint_of, monkeypatch):

@@ -17,15 +17,14 @@ PAPER = [ROOT / f"configs/wan/{name}.py" for name in ("init", "long")]  # its ot
 RECIPE = (
     "vae_images",
     "vae",
+    "vae_decoder",
     "text",
-    "teacher_images",
-    "teacher_1",
-    "teacher_2",
-    "teacher_3",
+    "teacher_block",
+    "teacher",
     "causal_init",
     "init",
+    "init_guided",
     "long",
-    "vae_decoder",
 )
 
 
@@ -86,14 +85,15 @@ def test_changes_come_after_smoke():
         ("vae", {"optimizer.betas": "0.9,1"}, r"must be in \[0, 1\)"),
         ("vae", {"run.micro_batches": "3"}, "must be a multiple of run.micro_batches=3"),
         ("vae", {"smoke": "maybe"}, "must be true or false"),
-        ("teacher_1", {"flow.text_dropout": "2"}, r"flow.text_dropout=2.0 must be in \[0, 1\]"),
-        ("teacher_1", {"flow.causal_share": "0.01"}, "whole number of clips"),
+        ("teacher_block", {"flow.text_dropout": "2"}, r"flow.text_dropout=2.0 must be in \[0, 1\]"),
+        ("teacher_block", {"flow.frame_levels": "-1"}, r"flow.frame_levels=-1.0 must be in \[0, 1\]"),
+        ("teacher_block", {"flow.causal_share": "0.01"}, "whole number of clips"),
         ("causal_init", {"data.frames": "10"}, "multiple of model.window.block_frames=3"),
         ("causal_init", {"flow.method": "ode"}, "flow.text_dropout=0.1 must be 0 with flow.method=ode"),
         ("causal_ode", {"flow.encoded_frames": "21"}, "flow.encoded_frames=21 must be 0 with"),
         ("causal_ode", {"flow.causal_share": "0.5"}, "flow.causal_share=0.5 must be 1 with"),
         ("causal_ode", {"flow.method": "dmd"}, "flow.method='dmd' must be"),
-        ("teacher_3", {"data.frames": "24"}, "at least data.frames=24"),
+        ("teacher", {"data.frames": "24"}, "at least data.frames=24"),
     ],
 )
 def test_wrong_settings_are_refused(name, changes, message):

@@ -47,7 +47,7 @@ def board(folder):
         ("vae_images", "vae"),
         pytest.param("vae", "vae", marks=pytest.mark.slow),
         ("text", "text_encoder"),
-        pytest.param("teacher_2", "transformer", marks=pytest.mark.slow),  # trained in test_two_processes
+        pytest.param("teacher", "transformer", marks=pytest.mark.slow),  # trained in test_two_processes
         ("causal_init", "transformer"),
         ("causal_ode", "transformer"),
     ],
@@ -172,8 +172,8 @@ def test_nothing_is_compiled_after_the_first_steps(base, tmp_path):
 @pytest.mark.parametrize(
     ("name", "causal_share", "clips_of"),
     [
-        ("teacher_2", 0.0, flow.encoded_clips),
-        pytest.param("teacher_2", 0.5, flow.encoded_clips, marks=pytest.mark.slow),
+        ("teacher", 0.0, flow.encoded_clips),
+        pytest.param("teacher", 0.5, flow.encoded_clips, marks=pytest.mark.slow),
         pytest.param("causal_ode", 1.0, flow.trajectories, marks=pytest.mark.slow),
     ],
 )
@@ -264,6 +264,6 @@ def test_utilisation_is_of_the_devices_peak(monkeypatch):
 
 def test_a_base_without_the_parts_is_refused(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["train", str(CONFIGS / "teacher_1.py"), "smoke=true", "base=nowhere"]) == 2
+    assert main(["train", str(CONFIGS / "teacher_block.py"), "smoke=true", "base=nowhere"]) == 2
     assert "nowhere" in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

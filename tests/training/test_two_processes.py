@@ -58,7 +58,7 @@ def whole(base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("one") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", two_device_mesh)
-        stages.train(smoke("teacher_2", base, folder, **CHANGES), is_quiet=True)
+        stages.train(smoke("teacher", base, folder, **CHANGES), is_quiet=True)
     return losses(folder)
 
 
@@ -68,7 +68,7 @@ def run_two(base, folder, log, *options, after=None, number=signal.SIGTERM):
     Returns:
       Their exit statuses and what they said.
     """
-    words = [*_runs.words("teacher_2", base, folder, **CHANGES), *options]
+    words = [*_runs.words("teacher", base, folder, **CHANGES), *options]
     with started(two(words), log) as running:
         if after is not None:
             wait_for_losses(folder, after, running)
@@ -90,7 +90,7 @@ def test_two_processes_train_stop_and_go_on_in_one(base, whole, tmp_path, monkey
     assert int(saved.name) < len(whole)
 
     monkeypatch.setattr(sharding, "make_mesh", two_device_mesh)
-    report = stages.train(smoke("teacher_2", base, folder, **CHANGES), resume="auto", is_quiet=True)
+    report = stages.train(smoke("teacher", base, folder, **CHANGES), resume="auto", is_quiet=True)
     assert report["resumed_at"] == int(saved.name)
     assert losses(folder) == pytest.approx(whole, rel=TOLERANCE)
 

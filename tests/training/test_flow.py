@@ -1,0 +1,102 @@
+"""Flow matching: which frames of a batch share a noise level, and what the transformer is told of it."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from longlive_jax import sharding
+from longlive_jax.cache import BlockKV
+from longlive_jax.training import flow
+from tests.training._runs import only_one_device, smoke
+
+
+def levels(*, size, frames, causal, law="logit_normal", block=3, share=0.0):
+    config = smoke("teacher", None, "unused", flow__levels=law, flow__frame_levels=share)
+    drawn = flow._noise_levels(config, jax.random.key(0), (size, frames), block=block, causal=causal)
+    assert drawn.shape == (size, frames)
+    assert drawn.dtype == jnp.float32
+    assert float(drawn.min()) > 0
+    assert float(drawn.max()) < 1
+    return np.asarray(drawn)
+
+
+def shared(drawn):
+    """For every clip, which frames have the level of which: the first frame that has it, `[B, F]`."""
+    return [[list(row).index(level) for level in row] for row in drawn]
+
+
+BLOCKS = [0, 0, 0, 3, 3, 3]
+FRAMES = [0, 1, 2, 3, 4, 5]
+CLIP = [0, 0, 0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("law", ["uniform", "logit_normal"])
+@pytest.mark.parametrize(
+    ("causal", "share", "expected"),
+    [
+        (0, 0.0, [CLIP] * 8),
+        (0, 0.5, [FRAMES] * 4 + [CLIP] * 4),
+        (0, 1.0, [FRAMES] * 8),
+        (2, 0.0, [BLOCKS] * 2 + [CLIP] * 6),
+        (2, 0.5, [BLOCKS] * 2 + [FRAMES] * 3 + [CLIP] * 3),
+        (2, 1.0, [BLOCKS] * 2 + [FRAMES] * 6),
+        (8, 0.5, [BLOCKS] * 8),
+    ],
+)
+def test_levels_are_of_blocks_then_of_frames_then_of_clips(law, causal, share, expected):
+    drawn = levels(size=8, frames=6, causal=causal, law=law, share=share)
+    assert shared(drawn) == expected
+    # No level occurs in two clips, or in two blocks or frames that should differ.
+    assert np.unique(drawn).size == sum(len(set(row)) for row in expected)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_level_for_each_frame_changes_no_other_level(share):
+    """The share decides which frames follow the first of their clip; what is drawn stays."""
+    every = levels(size=8, frames=6, causal=2, share=1.0)
+    some = levels(size=8, frames=6, causal=2, share=share)
+    apart = 2 + round(6 * share)
+    np.testing.assert_array_equal(some[:apart], every[:apart])
+    np.testing.assert_array_equal(some[apart:], np.repeat(every[apart:, :1], 6, axis=1))
+
+
+def test_clips_need_not_be_whole_blocks_unless_they_are_causal():
+    assert shared(levels(size=2, frames=4, causal=0, share=0.5)) == [[0, 1, 2, 3], [0, 0, 0, 0]]
+    assert shared(levels(size=2, frames=1, causal=0, share=0.5)) == [[0], [0]]
+
+
+@pytest.mark.parametrize(
+    ("share", "causal_share", "told"),
+    [
+        (0.0, 0.0, {"whole": (8, 1)}),
+        (0.5, 0.0, {"whole": (8, 6)}),
+        (0.5, 0.25, {"causal": (2, 6), "whole": (6, 6)}),
+    ],
+)
+@pytest.mark.usefixtures("fast_programs")
+def test_the_transformer_is_told_the_noise_of_what_it_sees(
+    share, causal_share, told, base, tmp_path, monkeypatch
+):
+    """One timestep per clip where all frames share it, one per frame elsewhere."""
+    changes = {"flow__frame_levels": share, "flow__causal_share": causal_share}
+    config = smoke("teacher", base, tmp_path / "run", **changes)
+    with only_one_device():
+        frozen = flow.load_frozen(config, sharding.make_mesh(data=1, fsdp=1))
+    seen = {}
+
+    def velocity(generator, params, noisy, sigma, text, context):
+        """What is asked for, found by the levels it is told: the clips are ones under noise."""
+        seen["whole" if context is None else "causal"] = sigma
+        wide = sigma[:, :, None, None, None]
+        return (noisy - (1 - wide)) / wide - 1
+
+    monkeypatch.setattr(flow, "velocity", velocity)
+    monkeypatch.setattr(flow, "clean_pass", lambda *_: BlockKV(None, None))  # `velocity` does without
+    batch = {"latents": jnp.ones((8, 6, *frozen.latent_shape)), "caption": jnp.zeros(8, jnp.int32)}
+    given = (config, frozen.generator, frozen.captions, frozen.start, batch)
+    assert float(flow.loss_fn(*given, jax.random.key(0))[0]) < 1e-6
+    assert {name: sigma.shape for name, sigma in seen.items()} == told
+    if share:
+        apart = round(len(seen["whole"]) * share)
+        assert shared(np.asarray(seen["whole"])) == [FRAMES] * apart + [CLIP] * (len(seen["whole"]) - apart)
