@@ -300,7 +300,7 @@ class FlowConfig:
         normal, which draws few levels near 0 and 1 (arXiv 2403.03206, section 3.1).
       text_dropout: share of clips that are trained without a prompt, for guidance.
       causal_share: share of every batch that is trained block by block after a clean past; the others
-        see all frames at one noise level.
+        see all frames at once.
       past_noise: largest noise level of that past; a little makes the model forgive its own errors.
       frame_levels: share of the others whose frames have a noise level each (diffusion forcing, arXiv
         2407.01392). A clear frame beside a noisy one teaches how frames follow from each other, which
