@@ -1,10 +1,10 @@
 """Flow matching and ODE regression: the data, the loss and the evaluation that two stages share.
 
-A clip is trained either *bidirectionally*, its frames attending to each other, at one noise level or each at
-its own (the teacher), or *causally*: every block at its own noise level, attending to itself and to the
-keys and values that clean latents leave in the cache, as at inference (teacher forcing). The clean pass runs block by
-block without gradient; one pass over all blocks then has the gradient, straight through to the keys
-and values of the earlier blocks.
+A clip is trained either *bidirectionally*, its frames attending to each other, at one noise level or
+each at its own (the teacher), or *causally*: every block at its own noise level, attending to itself and
+to the keys and values that clean latents leave in the cache, as at inference (teacher forcing). The
+clean pass runs block by block without gradient; one pass over all blocks then has the gradient, straight
+through to the keys and values of the earlier blocks.
 
 What a block is asked for depends on the batch (`task_of`). Encoded clips are noised to any level, for the
 velocity of that noise. Trajectories of the teacher bring their own noisy states, at the levels of the
