@@ -9,8 +9,9 @@ BIN := $(VENV)/bin
 
 # The toy recipe in order: every run begins with the export of the one before it (docs/training.md).
 TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init init_guided long
-# Where `make toy-bundle` finds them.
+# Where `make toy-bundle` finds them, and the one that it ships.
 TOY ?= runs/toy
+SHIPPED ?= init_guided
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -51,9 +52,9 @@ toy: $(VENV)/.demo
 
 # What is measured is what is shipped. Goes on where it was stopped, like the training.
 toy-bundle: $(VENV)/.demo
-	$(BIN)/python -m longlive_jax.toy.bundle weights $(TOY)/$(lastword $(TOY_RUNS))/export
-	$(BIN)/python -m benchmarks.toy_model toy --compare init_guided=$(TOY)/init_guided/export \
-	  --compare float32=$(TOY)/$(lastword $(TOY_RUNS))/export
+	$(BIN)/python -m longlive_jax.toy.bundle weights $(TOY)/$(SHIPPED)/export
+	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export \
+	  --compare long=$(TOY)/long/export --compare float32=$(TOY)/$(SHIPPED)/export
 	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs $(TOY)
 	$(BIN)/python examples/demo.py outputs/demo
 	mkdir -p docs/images

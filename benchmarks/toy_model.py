@@ -36,7 +36,7 @@ from longlive_jax.provenance import fingerprints
 from longlive_jax.toy import evaluation
 from longlive_jax.training.world import world_of
 
-CELL_VERSION = 1
+CELL_VERSION = 2
 """To be raised when what a cell holds changes: stored cells of another version are measured again."""
 
 MODEL = "model"

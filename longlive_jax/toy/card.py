@@ -21,6 +21,7 @@ _TRAINS = {
 _CLIP_ROWS = (
     ("all", "frames that show all four attributes asked for"),
     ("shape", "shape"),
+    *((f"shape.{name}", f"... of those that should be a {name}") for name in VALUES["shape"]),
     ("colour", "colour"),
     ("motion", "motion"),
     ("background", "background"),
@@ -42,7 +43,7 @@ _LONG_ROWS = (
     ("last.all", "all four attributes, last 21 latent frames"),
     ("fall.all", "the fall between them"),
     ("vanished", "clips whose sprite vanished on the way"),
-    *_CLIP_ROWS[7:],
+    *_CLIP_ROWS[10:],
 )
 _WINDOW_ROWS = (
     ("windows.all", "all four attributes"),

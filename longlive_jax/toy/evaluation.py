@@ -22,6 +22,8 @@ from longlive_jax.toy.scores import IDENTITY, Scores, bootstrap, matches, score_
 from longlive_jax.toy.world import (
     BACKGROUND,
     FIELDS,
+    SHAPE,
+    SHAPES,
     TEMPLATE_COUNT,
     World,
     combinations,
@@ -133,6 +135,7 @@ def measure_clips(
     Returns:
       `shape`, `colour`, `motion`, `background`, `all`: share of frames that show what was asked for, over
       the whole clip; with `first.` and `last.` in front, at its ends; `fall.`: first minus last.
+      `shape.square` etc.: `shape` of the clips that should show one.
       `present`: share of frames with a sprite. `vanished`: 1 where a window after the first has a sprite in
       less than half of its frames. `iou`, `flicker`, `residual`: see `scores.Scores`. `identity.size` etc.:
       how much of it is as in the first window, over the windows after it (over itself where it is alone).
@@ -150,6 +153,8 @@ def measure_clips(
     windows = score_spans(world, readings, codes, spans=spans)
     first, last = _adherence(ends, 0), _adherence(ends, 1)
     table: dict[str, np.ndarray] = _adherence(whole, 0)
+    for code, name in enumerate(SHAPES):  # one of them may be lost where the others are right
+        table[f"shape.{name}"] = np.where(codes[:, SHAPE] == code, table["shape"], np.nan)
     table |= {f"first.{name}": values for name, values in first.items()}
     table |= {f"last.{name}": values for name, values in last.items()}
     table |= {f"fall.{name}": first[name] - last[name] for name in first}

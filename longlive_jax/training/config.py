@@ -376,6 +376,13 @@ class FlowTraining(Training):
             f"flow.causal_share={self.flow.causal_share} of data.batch_size={self.data.batch_size} in "
             f"run.micro_batches={self.run.micro_batches} parts must be a whole number of clips",
         )
+        apart = (self.data.batch_size / self.run.micro_batches - causal) * self.flow.frame_levels
+        require(
+            apart == int(apart),
+            f"flow.frame_levels={self.flow.frame_levels} of the clips that are not causal, of each part of a "
+            f"batch (data.batch_size={self.data.batch_size}, run.micro_batches={self.run.micro_batches}, "
+            f"flow.causal_share={self.flow.causal_share}) must be a whole number of clips",
+        )
         require(
             self.flow.encoded_frames in (0, max(self.flow.encoded_frames, self.data.frames)),
             f"flow.encoded_frames={self.flow.encoded_frames} must be 0 or at least data.frames="

@@ -17,6 +17,7 @@ from longlive_jax.toy import (
     render_story,
     sample_scenes,
 )
+from longlive_jax.toy.world import SHAPES
 from tests.toy.broken import WORLD
 
 VAE = preset("toy").vae
@@ -56,6 +57,18 @@ def test_a_perfect_video_scores_everything(held_out, clips):
     assert table["windows.all"].shape == (CLIPS, 3)
     assert table["flicker"].max() < 0.004
     assert table["drift.sprite"].max() < 0.06
+
+
+def test_a_shape_that_is_lost_shows(held_out, clips):
+    """Every clip is asked for a ring: those that show another shape count for the ring, and for it alone."""
+    rings = held_out.codes.copy()
+    rings[:, FIELDS.index("shape")] = SHAPES.index("ring")
+    table = measured(clips, rings)
+    is_ring = held_out.codes[:, FIELDS.index("shape")] == SHAPES.index("ring")
+    assert 0 < is_ring.sum() < CLIPS
+    np.testing.assert_array_equal(table["shape.ring"], is_ring)
+    for other in ("square", "triangle"):
+        assert np.isnan(table[f"shape.{other}"]).all()
 
 
 def test_only_the_last_frames_are_wrong(held_out, clips):

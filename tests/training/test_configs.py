@@ -88,6 +88,7 @@ def test_changes_come_after_smoke():
         ("teacher_block", {"flow.text_dropout": "2"}, r"flow.text_dropout=2.0 must be in \[0, 1\]"),
         ("teacher_block", {"flow.frame_levels": "-1"}, r"flow.frame_levels=-1.0 must be in \[0, 1\]"),
         ("teacher_block", {"flow.causal_share": "0.01"}, "whole number of clips"),
+        ("teacher_block", {"flow.frame_levels": "0.01"}, "flow.frame_levels=0.01 of the clips"),
         ("causal_init", {"data.frames": "10"}, "multiple of model.window.block_frames=3"),
         ("causal_init", {"flow.method": "ode"}, "flow.text_dropout=0.1 must be 0 with flow.method=ode"),
         ("causal_ode", {"flow.encoded_frames": "21"}, "flow.encoded_frames=21 must be 0 with"),
