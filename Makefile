@@ -8,10 +8,10 @@ WORKERS ?= 2
 BIN := $(VENV)/bin
 
 # The toy recipe in order: every run begins with the export of the one before it (docs/training.md).
-TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init init_guided long
+TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init long
 # Where `make toy-bundle` finds them, and the one that it ships.
 TOY ?= runs/toy
-SHIPPED ?= init_guided
+SHIPPED ?= long
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 

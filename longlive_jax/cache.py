@@ -375,6 +375,9 @@ def _store(buffer: _Frames, new: _Frames, slots: Array) -> _Frames:
 def _scatter(buffer: Array, new: Array, slots: Array) -> Array:
     if buffer.shape[2] == 0:
         return buffer
+    new = new.astype(buffer.dtype)
+    if buffer.shape[1] == 1:
+        return _put_each(buffer, new, slots[0])
 
     # Spelled out: under vmap the scatter copies a transposed buffer, and indexed on both axes it gathers
     # the new frames from all devices of a batch that is spread over several.
@@ -388,7 +391,18 @@ def _scatter(buffer: Array, new: Array, slots: Array) -> Array:
     return jax.lax.scatter(
         buffer,
         slots[..., None],
-        new.astype(buffer.dtype),
+        new,
         numbers,
         mode=jax.lax.GatherScatterMode.FILL_OR_DROP,
     )
+
+
+def _put_each(buffer: Array, new: Array, slots: Array) -> Array:
+    """`_scatter` of a batch of one, frame by frame: updates in place, where a GPU's scatter goes element by
+    element. A frame that is dropped writes back what it finds."""
+    for i in range(new.shape[2]):
+        frame = new[:, :, i : i + 1]
+        old = jax.lax.dynamic_slice_in_dim(buffer, slots[i], 1, axis=2)
+        kept = jnp.where(slots[i] < buffer.shape[2], frame, old)
+        buffer = jax.lax.dynamic_update_slice_in_dim(buffer, kept, slots[i], axis=2)
+    return buffer

@@ -21,7 +21,7 @@ def get_config() -> CausalInitTraining:
     return CausalInitTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/causal_init", steps=2000, eval_every=500, checkpoint_every=250, export_every=500
+            folder="runs/toy/causal_init", steps=3000, eval_every=500, checkpoint_every=250, export_every=500
         ),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=100, ema_decay=0.998),
         data=ClipsConfig(batch_size=32, frames=21, examples=4096),

@@ -23,23 +23,23 @@ BETAS = (0.0, 0.999)
 def get_config() -> InitTraining:
     return InitTraining(
         model=preset("toy"),
-        run=RunConfig(
-            folder="runs/toy/init", steps=360, eval_every=180, checkpoint_every=60, export_every=180
-        ),
+        run=RunConfig(folder="runs/toy/init", steps=360, eval_every=60, checkpoint_every=60, export_every=60),
         optimizer=OptimizerConfig(
             learning_rate=2e-4,
-            schedule="constant",
+            schedule="cosine",
             warmup_steps=10,
             betas=BETAS,
             clip_norm=10.0,
             ema_decay=0.97,
         ),
         critic_optimizer=OptimizerConfig(
-            learning_rate=4e-4, schedule="constant", warmup_steps=10, betas=BETAS, clip_norm=10.0
+            learning_rate=4e-4, schedule="cosine", warmup_steps=10, betas=BETAS, clip_norm=10.0
         ),
-        data=PromptsConfig(batch_size=8),
+        data=PromptsConfig(batch_size=16),
         base="runs/toy/causal_init/export",
-        dmd=DMDConfig(guidance=1.0, shift=3.0, score_shift=3.0),
+        # High noise levels: there the scores tell which shape it is. At a shift of 3 low ones have most of the
+        # gradient; they sharpen what is there, and take faint sprites away.
+        dmd=DMDConfig(guidance=3.0, shift=8.0, score_shift=8.0),
         scores=ScoresConfig(teacher="runs/toy/teacher/export", critic_updates=3, dtype="float32"),
         evaluation=EvaluationConfig(clips=32, frames=21, batch_size=32, metric="all", better="max"),
     )

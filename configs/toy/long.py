@@ -2,7 +2,7 @@
 
     longlive train configs/toy/long.py
 
-Needs runs/toy/init_guided/export and, as the teacher, runs/toy/teacher/export.
+Needs runs/toy/init/export and, as the teacher, runs/toy/teacher/export.
 """
 
 from longlive_jax.config import preset
@@ -38,8 +38,8 @@ def get_config() -> LongTraining:
             learning_rate=4e-4, schedule="cosine", warmup_steps=10, betas=BETAS, clip_norm=10.0
         ),
         data=PromptsConfig(batch_size=8),
-        base="runs/toy/init_guided/export",
-        dmd=DMDConfig(guidance=3.0, shift=3.0, score_shift=3.0),
+        base="runs/toy/init/export",
+        dmd=DMDConfig(guidance=3.0, shift=8.0, score_shift=8.0),
         scores=ScoresConfig(teacher="runs/toy/teacher/export", critic_updates=3, dtype="float32"),
         lora=LoRAConfig(rank=32),
         streaming=StreamingConfig(),

@@ -13,6 +13,7 @@ is then plain wrapping integer arithmetic, accurate to 2**-32 of a turn for ever
 import functools
 import math
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -210,8 +211,22 @@ def shift_frames(keys: Array, frames: Array, *, jitter: float = 0.0) -> Array:
     return _rotate_pairs(keys, jnp.cos(angles), jnp.sin(angles))
 
 
+@jax.custom_vjp
 def _rotate_pairs(x: Array, cos: Array, sin: Array) -> Array:
+    """Turns `[..., H]`, H/2 pairs, by `cos` and `sin`, `[..., H/2]`; the table has no gradient."""
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    real, imaginary = pairs[..., 0], pairs[..., 1]
-    turned = jnp.stack([real * cos - imaginary * sin, real * sin + imaginary * cos], axis=-1)
+    # One read in order and one write in order: stacking the two halves of a result is far slower.
+    turned = pairs * cos[..., None] + pairs[..., ::-1] * jnp.stack([-sin, sin], axis=-1)
     return turned.reshape(x.shape).astype(x.dtype)
+
+
+def _rotate_forward(x: Array, cos: Array, sin: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rotate_pairs(x, cos, sin), (cos, sin)
+
+
+def _rotate_backward(table: tuple[Array, Array], gradient: Array) -> tuple[Array, None, None]:
+    cos, sin = table
+    return _rotate_pairs(gradient, cos, -sin), None, None
+
+
+_rotate_pairs.defvjp(_rotate_forward, _rotate_backward)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax.config import TextEncoderConfig
-from longlive_jax.models.layers import RMSNorm
+from longlive_jax.models.layers import RMSNorm, gelu_tanh
 from longlive_jax.types import Array, ArrayLike, Params, PRNGKey
 
 
@@ -101,7 +101,7 @@ class TextFeedForward(nn.Module):
         """Maps `[B, M, D]` to `[B, M, D]`."""
         c = self.config
         dense = functools.partial(_dense, dtype=self.dtype, param_dtype=self.param_dtype)
-        gate = jax.nn.gelu(dense(c.ffn_dim, fan=c.dim, name="gate")(x), approximate=True)
+        gate = gelu_tanh(dense(c.ffn_dim, fan=c.dim, name="gate")(x))
         hidden = dense(c.ffn_dim, fan=c.dim, name="fc1")(x) * gate
         return dense(c.dim, fan=c.ffn_dim, name="fc2")(hidden)
 

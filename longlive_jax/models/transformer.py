@@ -25,7 +25,14 @@ from longlive_jax.cache import BlockKV
 from longlive_jax.config import AttentionImplementation, RematPolicy, TransformerConfig
 from longlive_jax.diffusion.schedule import NUM_TIMESTEPS
 from longlive_jax.models import rope
-from longlive_jax.models.layers import MLP, LayerNorm, RMSNorm, layer_norm, timestep_embedding
+from longlive_jax.models.layers import (
+    MLP,
+    LayerNorm,
+    RMSNorm,
+    gelu_tanh,
+    layer_norm,
+    timestep_embedding,
+)
 from longlive_jax.ops.windowed_attention import (
     CachedContext,
     ClipContext,
@@ -34,8 +41,6 @@ from longlive_jax.ops.windowed_attention import (
 )
 from longlive_jax.ops.windowed_attention.spread import Spread, spread_attention
 from longlive_jax.types import Array, Params, PRNGKey, pytree
-
-gelu_tanh = functools.partial(nn.gelu, approximate=True)
 
 
 @pytree

@@ -23,7 +23,6 @@ RECIPE = (
     "teacher",
     "causal_init",
     "init",
-    "init_guided",
     "long",
 )
 
