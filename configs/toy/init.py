@@ -37,7 +37,7 @@ def get_config() -> InitTraining:
         ),
         data=PromptsConfig(batch_size=16),
         base="runs/toy/causal_init/export",
-        # High noise levels: there the scores tell which shape it is. At a shift of 3 low ones have most of the
+        # High noise levels: there the scores tell which shape. At a shift of 3 low ones have most of the
         # gradient; they sharpen what is there, and take faint sprites away.
         dmd=DMDConfig(guidance=3.0, shift=8.0, score_shift=8.0),
         scores=ScoresConfig(teacher="runs/toy/teacher/export", critic_updates=3, dtype="float32"),
