@@ -23,19 +23,22 @@ BETAS = (0.0, 0.999)
 def get_config() -> InitTraining:
     return InitTraining(
         model=preset("toy"),
-        run=RunConfig(folder="runs/toy/init", steps=360, eval_every=60, checkpoint_every=60, export_every=60),
+        # No more: shapes hold from here on, but edges and holes get worse.
+        run=RunConfig(
+            folder="runs/toy/init", seed=1, steps=120, eval_every=60, checkpoint_every=60, export_every=60
+        ),
         optimizer=OptimizerConfig(
             learning_rate=2e-4,
-            schedule="cosine",
+            schedule="constant",
             warmup_steps=10,
             betas=BETAS,
             clip_norm=10.0,
             ema_decay=0.97,
         ),
         critic_optimizer=OptimizerConfig(
-            learning_rate=4e-4, schedule="cosine", warmup_steps=10, betas=BETAS, clip_norm=10.0
+            learning_rate=4e-4, schedule="constant", warmup_steps=10, betas=BETAS, clip_norm=10.0
         ),
-        data=PromptsConfig(batch_size=16),
+        data=PromptsConfig(batch_size=8, seed=1),
         base="runs/toy/causal_init/export",
         # High noise levels: there the scores tell which shape. At a shift of 3 low ones have most of the
         # gradient; they sharpen what is there, and take faint sprites away.
