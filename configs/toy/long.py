@@ -25,9 +25,9 @@ BETAS = (0.0, 0.999)
 def get_config() -> LongTraining:
     return LongTraining(
         model=preset("toy"),
-        run=RunConfig(folder="runs/toy/long", steps=300, checkpoint_every=60, export_every=60),
+        run=RunConfig(folder="runs/toy/long", steps=180, checkpoint_every=60, export_every=60),
         optimizer=OptimizerConfig(
-            learning_rate=2e-4,
+            learning_rate=1e-3,
             schedule="cosine",
             warmup_steps=10,
             betas=BETAS,
@@ -35,7 +35,7 @@ def get_config() -> LongTraining:
             ema_decay=0.97,
         ),
         critic_optimizer=OptimizerConfig(
-            learning_rate=4e-4, schedule="cosine", warmup_steps=10, betas=BETAS, clip_norm=10.0
+            learning_rate=2e-3, schedule="cosine", warmup_steps=10, betas=BETAS, clip_norm=10.0
         ),
         data=PromptsConfig(batch_size=8),
         base="runs/toy/init/export",
