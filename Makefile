@@ -54,7 +54,7 @@ toy: $(VENV)/.demo
 toy-bundle: $(VENV)/.demo
 	$(BIN)/python -m longlive_jax.toy.bundle weights $(TOY)/$(SHIPPED)/export
 	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export \
-	  --compare long=$(TOY)/long/export --compare float32=$(TOY)/$(SHIPPED)/export
+	  --compare float32=$(TOY)/$(SHIPPED)/export
 	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs $(TOY)
 	$(BIN)/python examples/demo.py outputs/demo
 	mkdir -p docs/images
