@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from benchmarks import common
 from benchmarks.suites import compiled, draw, median_seconds
-from longlive_jax.models.vae_layers import convolve_directly
+from longlive_jax.models.vae_layers import convolve_directly, convolve_stacked
 
 SIZES = ((12, 480, 832, 96), (12, 240, 416, 192), (6, 120, 208, 384), (3, 60, 104, 384))
 """Frames, rows, columns, channels in and out."""
@@ -35,20 +35,13 @@ def channels_first(frames: jax.Array, kernel: jax.Array) -> jax.Array:
     return jax.lax.conv_general_dilated(frames, kernel, (1, 1, 1), padding, dimension_numbers=names)
 
 
-def stacked(frames: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`convolve_directly` as one 2D convolution, in the dtype of the frames."""
-    length = frames.shape[1] - 2
-    joined = jnp.concatenate([frames[0, tap : tap + length] for tap in range(3)], axis=-1)
-    return images(joined, jnp.moveaxis(kernel, 0, 2).reshape(3, 3, joined.shape[-1], -1))[None]
-
-
 def by_taps(frames: jax.Array, kernel: jax.Array) -> jax.Array:
     """`convolve_directly` as three 2D convolutions, in the dtype of the frames."""
     length = frames.shape[1] - 2
     return sum(images(frames[0, tap : tap + length], kernel[tap]) for tap in range(3))[None]
 
 
-FORMS: dict[str, Any] = {"3d": convolve_directly, "stacked": stacked, "taps": by_taps}
+FORMS: dict[str, Any] = {"3d": convolve_directly, "stacked": convolve_stacked, "taps": by_taps}
 
 
 def main() -> None:

@@ -258,3 +258,15 @@ def test_geometries_that_make_no_sense_are_refused(geometry, words):
 def test_an_unbounded_window_needs_the_length_of_the_video():
     with pytest.raises(UserError, match="give the number of frames"):
         empty(WindowConfig(-1, 0, 3))
+
+
+@pytest.mark.parametrize(("sink", "count"), [(0, 9), (3, 9), (3, 3)])
+def test_one_sample_is_written_as_one_of_several(sink, count):
+    """A batch of one has a way of its own; more frames than there are slots drop the oldest."""
+    window = WindowConfig(9, sink, 3)
+    one, two = empty(window), empty(window, batch=2)
+    for first in range(0, 4 * count, count):
+        one = cache_lib.write(one, frames(first, count), first)
+        two = cache_lib.write(two, frames(first, count, batch=2), first)
+        np.testing.assert_array_equal(one.key[:, 0], two.key[:, 1])
+        np.testing.assert_array_equal(one.value[:, 0], two.value[:, 1])

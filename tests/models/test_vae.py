@@ -251,7 +251,7 @@ def test_key_table_reads_and_writes_the_same_bits():
         np.testing.assert_array_equal(back, arrays[name])
 
 
-@pytest.mark.parametrize("way", ["stacked", "by_taps", "by_pairs"])
+@pytest.mark.parametrize("way", ["stacked", "stacked_in_float32", "by_taps", "by_pairs"])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_all_convolutions_agree(dtype, way):
     frames = jax.random.normal(jax.random.key(0), (2, 6, 3, 5, 6)).astype(dtype)
