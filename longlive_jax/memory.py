@@ -239,13 +239,14 @@ def tree_bytes(tree: Any) -> int:
     return sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(tree))
 
 
-def working_bytes(function: Any, *arguments: Any, donated: Any = None) -> int:
+def working_bytes(function: Any, *arguments: Any, donated: Any = None, platform: str = "cuda") -> int:
     """Estimated bytes of intermediates and results of `function`, beside its arguments.
 
     Args:
       function: traceable by JAX; it is not run.
       *arguments: arrays or `jax.ShapeDtypeStruct`s.
       donated: arguments that are given up; results of the same shape and dtype are written over them.
+      platform: whose branch of a `jax.lax.platform_dependent` counts.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments).jaxpr
     free = collections.Counter((x.shape, x.dtype) for x in jax.tree.leaves(donated))
@@ -255,7 +256,7 @@ def working_bytes(function: Any, *arguments: Any, donated: Any = None) -> int:
         if free[key] > 0:
             free[key] -= 1
             in_place.add(variable)
-    return _peak(jaxpr, in_place)
+    return _peak(jaxpr, platform, in_place)
 
 
 def compiled_bytes(function: Any, *arguments: Any, donated: Any = None) -> int:
@@ -276,7 +277,7 @@ _FUSED = frozenset(
 )
 
 
-def _peak(jaxpr: Any, in_place: Set[Any] = frozenset()) -> int:
+def _peak(jaxpr: Any, platform: str, in_place: Set[Any] = frozenset()) -> int:
     """Most bytes of a jaxpr's own variables alive at one point.
 
     Its inputs belong to the caller, and the results named `in_place` are written over them.
@@ -302,7 +303,11 @@ def _peak(jaxpr: Any, in_place: Set[Any] = frozenset()) -> int:
                 alive[variable] = _aval_bytes(variable.aval)
                 total += alive[variable]
         inner = max(
-            (_peak(sub, _shared_results(equation, sub)) for sub in _inner_jaxprs(equation)), default=0
+            (
+                _peak(sub, platform, _shared_results(equation, sub))
+                for sub in _inner_jaxprs(equation, platform)
+            ),
+            default=0,
         )
         peak = max(peak, total + inner)
         total -= sum(alive.pop(v) for v in dying)
@@ -322,7 +327,7 @@ def _owners(jaxpr: Any) -> dict[Any, Any]:
 
 def _is_elementwise(equation: Any) -> bool:
     """Whether the result may be written over an operand: same shape, and no inner program."""
-    if any(True for _ in _inner_jaxprs(equation)) or equation.primitive.name in _REORDERING:
+    if any(True for _ in _inner_jaxprs(equation, platform=None)) or equation.primitive.name in _REORDERING:
         return False
     shapes = {v.aval.shape for v in _variables(equation.invars) if v.aval.shape}
     return shapes <= {v.aval.shape for v in equation.outvars}
@@ -331,7 +336,13 @@ def _is_elementwise(equation: Any) -> bool:
 _REORDERING = frozenset(["dot_general", "conv_general_dilated", "gather", "scatter", "sort", "cumsum"])
 
 
-def _inner_jaxprs(equation: Any) -> Iterator[Any]:
+def _inner_jaxprs(equation: Any, platform: str | None) -> Iterator[Any]:
+    """The programs inside an equation; of those that differ by platform, the one of `platform` alone."""
+    by_platform = equation.params.get("branches_platforms")
+    if by_platform is not None and platform is not None:
+        branches = zip(equation.params["branches"], by_platform, strict=True)
+        yield next(branch.jaxpr for branch, names in branches if names is None or platform in names)
+        return
     for value in equation.params.values():
         for item in value if isinstance(value, tuple | list) else (value,):
             if isinstance(item, jex.ClosedJaxpr):

@@ -127,6 +127,19 @@ def test_working_memory_of_known_programs():
     assert loops == [2 * one, 2 * one]
 
 
+def test_the_branch_of_the_platform_counts():
+    def by_platform(x):
+        return jax.lax.platform_dependent(
+            x, cuda=lambda x: x @ x, default=lambda x: jnp.concatenate([x, x]).T @ jnp.concatenate([x, x])
+        )
+
+    x = jax.ShapeDtypeStruct((256, 256), jnp.float32)
+    one = 256 * 256 * 4
+    index = 4
+    assert memory.working_bytes(by_platform, x, platform="cuda") == one + index
+    assert memory.working_bytes(by_platform, x, platform="tpu") > 4 * one
+
+
 def test_estimate_is_near_the_compiler():
     """The decoder at full width: within a factor of two of what XLA reports (here +30%)."""
     vae = WanVAE(dataclasses.replace(WAN_VAE, num_res_blocks=1))
@@ -138,6 +151,9 @@ def test_estimate_is_near_the_compiler():
 
     start = jax.eval_shape(lambda: vae.init_decode_state(1, height=30, width=52))
     _, state = jax.eval_shape(decode, params, start, latents)
-    estimate = memory.working_bytes(decode, params, state, latents, donated=state)
+    estimate = memory.working_bytes(
+        decode, params, state, latents, donated=state, platform=jax.default_backend()
+    )
+    assert estimate < memory.working_bytes(decode, params, state, latents, donated=state)  # a GPU stacks taps
     compiled = memory.compiled_bytes(decode, params, state, latents, donated=state)
     assert 0.5 < estimate / compiled < 2

@@ -91,8 +91,9 @@ def test_the_block_step_hands_the_whole_cache_to_the_kernel(as_if_on_hopper):
     )
     program = lowered(generator.step, params, state)
     assert "@mosaic_gpu" in program
-    kept = {"stablehlo.reshape", "stablehlo.scatter", "stablehlo.while", "stablehlo.constant"}
-    assert made(program, state.cache.key.size) <= kept
+    # What is written into the cache goes into the buffer itself, which is donated (tests/test_audit.py).
+    kept = {"reshape", "dynamic_update_slice", "while", "constant"}
+    assert made(program, state.cache.key.size) <= {f"stablehlo.{name}" for name in kept}
 
 
 def test_auto_takes_the_kernel_over_a_cache_where_it_can_read_it(as_if_on_hopper):
