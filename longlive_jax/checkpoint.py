@@ -67,6 +67,12 @@ class PartInfo:
     alpha: float | None = None
     rank: int | None = None
 
+    @property
+    def lora_scale(self) -> float:
+        """For a LoRA, what the product B A is multiplied by."""
+        rank = self.rank or 1
+        return (self.alpha or rank) / rank
+
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:

@@ -13,7 +13,9 @@ from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+from longlive_jax.checkpoint import Checkpoint
 from longlive_jax.errors import UserError, require
 from longlive_jax.types import Array, Params, PRNGKey
 
@@ -83,6 +85,19 @@ def merge(params: Params, lora: Params, *, scale: float | Array) -> Params:
         new = (kernel.astype(jnp.float32) + scale * delta).astype(kernel.dtype)
         merged = _replaced(merged, (*target.split("/"), "kernel"), new)
     return merged
+
+
+def merge_stored(opened: Checkpoint, params: Params, *, name: str = "lora") -> Params:
+    """`params` with the LoRA merged in that a checkpoint keeps apart; unchanged where it keeps none.
+
+    Args:
+      opened: the checkpoint.
+      params: one of its parts, in float32.
+      name: of the LoRA's part, "lora" or "critic_lora".
+    """
+    if name not in opened.parts:
+        return params
+    return merge(params, opened.load(name, dtype=np.float32), scale=opened.parts[name].lora_scale)
 
 
 def rank_of(lora: Params) -> int:

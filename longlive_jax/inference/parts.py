@@ -83,9 +83,7 @@ def load_transformer(opened: Checkpoint, part: str, config: PipelineConfig, *, u
     expected = expected_tree("transformer", config)
     params = jax.tree.map(jnp.asarray, opened.load(part, dtype=config.dtype, expect=expected))
     if use_lora and "lora" in opened.parts:
-        info = opened.parts["lora"]
-        scale = (info.alpha or info.rank or 1) / (info.rank or 1)
-        params = _merge_lora(params, opened.load("lora"), scale=scale)
+        params = _merge_lora(params, opened.load("lora"), scale=opened.parts["lora"].lora_scale)
     if config.quantization != "none":
         params = quantize_tree.quantize_on_device(params, recipe=config.quantization)
     return params

@@ -161,8 +161,7 @@ class _Plan:
         plain = {name: Spec(spec.shape, dtype) for name, spec in file.specs.items()}
         adapters, scale = {}, 0.0
         if "lora" in opened.parts:
-            info, factors = opened.parts["lora"], checkpoint.flatten(opened.load("lora"))
-            scale = (info.alpha or info.rank or 1) / (info.rank or 1)
+            scale, factors = opened.parts["lora"].lora_scale, checkpoint.flatten(opened.load("lora"))
             layers = {name.rpartition("/")[0] for name in factors}
             unknown = sorted(layer for layer in layers if f"{layer}/{tree.KERNEL}" not in file.specs)
             require(

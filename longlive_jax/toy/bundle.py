@@ -75,11 +75,7 @@ def _load(opened: Checkpoint, part: str) -> Params:
     if part != "transformer":
         return opened.load(part, dtype=np.float32)
     params = opened.load(part if part in opened.parts else f"{part}_ema", dtype=np.float32)
-    if "lora" not in opened.parts:
-        return params
-    info = opened.parts["lora"]
-    rank = info.rank or 1
-    return lora.merge(params, opened.load("lora", dtype=np.float32), scale=(info.alpha or rank) / rank)
+    return lora.merge_stored(opened, params)
 
 
 def _rounded(leaf: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from longlive_jax import checkpoint, lora, sharding, toy
 from longlive_jax.checkpoint import Checkpoint
 from longlive_jax.config import PipelineConfig
 from longlive_jax.convert.shapes import expected_tree
-from longlive_jax.errors import UserError, require
+from longlive_jax.errors import UserError
 from longlive_jax.inference.parts import text_encoder_of, transformer_of
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.training import distill, sampling
@@ -61,15 +61,15 @@ def load(config: DistillTraining, mesh: jax.sharding.Mesh) -> Setup:
       UserError: one of them is missing or of another shape.
     """
     base = checkpoint.open_checkpoint(config.base)
-    apart = [name for name in ("lora", "critic_lora") if name in base.parts]
-    require(not apart, f"base={config.base} keeps a {' and a '.join(apart)} apart; merge it first")
     model = base_model(config, base)
     encoder = text_encoder_of(model)
     text = base.load("text_encoder", dtype=model.dtype, expect=expected_tree("text_encoder", model))
     tokenizer = Tokenizer.from_file(base.tokenizer_path, model.text_encoder)
     embed = TextEmbedder(encoder, sharding.place(text, mesh), mesh)
     starts = {
-        GENERATOR: base.load("transformer", expect=expected_tree("transformer", model)),
+        GENERATOR: lora.merge_stored(
+            base, base.load("transformer", expect=expected_tree("transformer", model))
+        ),
         CRITIC: _load_critic(config, model, base),
     }
     bases = {name: _placed(starts.pop(name), config.scores.dtype, mesh) for name in adapted(config)}
@@ -163,7 +163,10 @@ def evaluator(setup: Setup) -> Evaluator:
 
 
 def export(setup: Setup, state: TrainState) -> pathlib.Path:
-    """Writes the checkpoint directory: generator and critic, or what they are adapted from and the LoRAs."""
+    """Writes the checkpoint directory: generator and critic, or what they are adapted from and the LoRAs.
+
+    LoRAs that the base keeps apart are merged into what is trained.
+    """
     config = setup.distillation.config
     base = checkpoint.open_checkpoint(config.base)
     parts: dict[str, Params] = {}
@@ -172,11 +175,12 @@ def export(setup: Setup, state: TrainState) -> pathlib.Path:
         params = state.networks[name].best
         if name in setup.given.bases:
             adapters[adapter] = params
-            if whole not in base.parts:
+            if whole not in base.parts or adapter in base.parts:
                 parts[whole] = setup.given.bases[name]
         else:
             parts[whole] = params
-    return export_lib.export(config, parts, adapters=adapters, model=setup.distillation.model)
+    merged = [adapter for _, adapter in _EXPORTED.values()]
+    return export_lib.export(config, parts, adapters=adapters, merged=merged, model=setup.distillation.model)
 
 
 _EXPORTED: Mapping[str, tuple[str, str]] = {
@@ -196,7 +200,7 @@ def _load_critic(config: DistillTraining, model: PipelineConfig, base: Checkpoin
     if config.scores.critic:
         return checkpoint.open_checkpoint(config.scores.critic).load("transformer", expect=expected)
     if "critic" in base.parts:
-        return base.load("critic", expect=expected)
+        return lora.merge_stored(base, base.load("critic", expect=expected), name="critic_lora")
     if config.teacher_transformer != model.transformer:
         raise UserError(
             "scores.critic is empty and the teacher is of another shape; name the checkpoint directory of a "

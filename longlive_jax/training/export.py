@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import jax
 
@@ -21,6 +21,7 @@ def export(
     parts: Mapping[str, Params],
     *,
     adapters: Mapping[str, Params] | None = None,
+    merged: Collection[str] = (),
     model: PipelineConfig | None = None,
     tokenizer: pathlib.Path | None = None,
 ) -> pathlib.Path:
@@ -30,6 +31,7 @@ def export(
       config: of the stage.
       parts: what it trained, by part name.
       adapters: LoRAs it trained, by part name; scaled by the config's `lora`.
+      merged: LoRAs of the base that `parts` contain already, so that they are left out.
       model: the model's config, where training has completed it; default the stage's.
       tokenizer: a tokenizer.json; default the base's.
 
@@ -56,7 +58,7 @@ def export(
                 writer.add_tree(name, host[name], alpha=rank * config.lora.scale, rank=rank)
             elif name in host:
                 writer.add_tree(name, host[name])
-            elif base is not None and name in base.parts:
+            elif base is not None and name in base.parts and name not in merged:
                 info = base.parts[name]
                 writer.add_tree(name, base.load(name), alpha=info.alpha, rank=info.rank)
         if tokenizer is not None:

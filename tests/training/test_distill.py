@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax import checkpoint, sharding
+from longlive_jax import checkpoint, lora, sharding
 from longlive_jax.config import preset
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
@@ -86,6 +86,29 @@ def test_long_exports_loras_beside_what_they_adapt(base, whole_long_run):
     assert not changed(start.load("transformer"), exported.load("transformer"))
     assert (exported.parts["lora"].rank, exported.parts["lora"].alpha) == (4, 4)
     assert changed(Pipeline.load(report["export"]).params, Pipeline.load(base).params)
+
+
+def test_a_base_with_loras_apart_is_trained_on_with_them_merged(whole_long_run, tmp_path):
+    base = whole_long_run[0] / "export"
+    opened = checkpoint.open_checkpoint(base)
+    pairs = {GENERATOR: ("transformer", "lora"), CRITIC: ("critic", "critic_lora")}
+    whole = {
+        name: lora.merge_stored(opened, opened.load(part), name=adapter)
+        for name, (part, adapter) in pairs.items()
+    }
+    for stage, holder in (("init", "starts"), ("long", "bases")):
+        config = config_of(stage, base, tmp_path / stage)
+        setup, state = prepared(config)
+        found = setup.starts if holder == "starts" else setup.given.bases
+        for name, (part, _) in pairs.items():
+            assert changed(opened.load(part), whole[name])
+            jax.tree.map(np.testing.assert_array_equal, found[name], whole[name])
+        # Nothing is trained yet, so what is exported generates as the base does.
+        exported = checkpoint.open_checkpoint(setups.export(setup, state))
+        assert set(exported.parts) >= {"transformer", "critic"}
+        assert ("lora" in exported.parts) == (stage == "long")
+        again = lora.merge_stored(exported, exported.load("transformer"))
+        jax.tree.map(np.testing.assert_array_equal, again, whole[GENERATOR])
 
 
 def test_programs_are_compiled_once_wherever_the_sequence_stands(whole_long_run):
