@@ -424,6 +424,8 @@ PRESETS: Mapping[str, PipelineConfig] = {
             dim=8, dim_mult=(1, 2, 4, 8), num_res_blocks=1, latent_mean=(0.0,) * 16, latent_std=(1.0,) * 16
         ),
         video=VideoConfig(height=64, width=64),
+        # As in its long tuning (and in the release's): a recache rebuilds the sink, too.
+        switch=SwitchConfig(keep_sink=False),
         dtype="float32",
     ),
 }

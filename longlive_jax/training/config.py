@@ -16,7 +16,7 @@ from longlive_jax.config import (
 )
 from longlive_jax.config import preset as preset_of
 from longlive_jax.errors import require
-from longlive_jax.toy.world import Split
+from longlive_jax.toy.world import FIELDS, Split
 from longlive_jax.training.losses import DMDConfig
 
 Schedule = Literal["constant", "cosine"]
@@ -175,6 +175,9 @@ class PromptsConfig:
             not self.switch_prompts or self.prompts != "",
             f"data.switch_prompts={self.switch_prompts} needs data.prompts, the prompts they follow",
         )
+
+
+_READ_FROM_PIXELS = (*FIELDS, "all", "iou")  # of the toy world; see `world.adherence`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -511,6 +514,11 @@ class DistillTraining(Training):
         require(
             window.rope == "absolute",
             "model.window.rope='relative' is for inference; train with 'absolute'",
+        )
+        require(
+            not self.data.prompts or self.evaluation.metric not in _READ_FROM_PIXELS,
+            f"evaluation.metric={self.evaluation.metric!r} is read from videos of the toy world's captions; "
+            'with data.prompts choose "loss"',
         )
 
     @property
