@@ -9,9 +9,9 @@ BIN := $(VENV)/bin
 
 # The toy recipe in order: every run begins with the export of the one before it (docs/training.md).
 TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init long
-# Where `make toy-bundle` finds them, and the one that it ships.
+# Where `make toy-bundle` finds them, and the checkpoints whose mean it ships.
 TOY ?= runs/toy
-SHIPPED ?= long
+SHIPPED ?= $(addprefix $(TOY)/long/exports/,000360 000420 000480 000540)
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
@@ -52,9 +52,8 @@ toy: $(VENV)/.demo
 
 # What is measured is what is shipped. Goes on where it was stopped, like the training.
 toy-bundle: $(VENV)/.demo
-	$(BIN)/python -m longlive_jax.toy.bundle weights $(TOY)/$(SHIPPED)/export
-	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export \
-	  --compare float32=$(TOY)/$(SHIPPED)/export
+	$(BIN)/python -m longlive_jax.toy.bundle weights $(SHIPPED)
+	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export
 	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs $(TOY)
 	$(BIN)/python examples/demo.py outputs/demo
 	mkdir -p docs/images

@@ -44,7 +44,8 @@ MODEL = "model"
 
 KINDS = ("clip", "switch", "long")
 
-_SHARED = ("window", "sampler")  # sections of the first checkpoint's config that all are measured with
+# Sections of the first checkpoint's config that all are measured with.
+_SHARED = ("window", "sampler", "switch")
 _SEED_STRIDE = 100_000  # noise seeds of the clips of one seed
 _LINE_EVERY = 15.0  # seconds between lines of progress
 
@@ -423,9 +424,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "what": __doc__.splitlines()[0],
         "checkpoints": {name: describe_checkpoint(found) for name, found in opened.items()},
         "settings": dataclasses.asdict(settings),
-        "generation": {
-            section: to_dict(getattr(config, section)) for section in (*_SHARED, "switch", "video")
-        },
+        "generation": {section: to_dict(getattr(config, section)) for section in (*_SHARED, "video")},
         "dtype": config.dtype,
         "cells": {name: summarise(table) for name, table in tables.items()},
         "differences": rows,

@@ -109,6 +109,7 @@ def render(
     *,
     parameters: Mapping[str, int],
     size: int,
+    averaged: int = 1,
 ) -> str:
     """Writes the card.
 
@@ -117,11 +118,12 @@ def render(
       reports: the runs, first one first; see `chain`.
       parameters: number of parameters of every part.
       size: bytes of the weights.
+      averaged: checkpoints of the last run whose mean they are.
     """
     sections = [
         _introduction(measured, parameters, size),
         _data(),
-        _recipe(reports),
+        _recipe(reports, averaged),
         _measurements(measured),
         _differences(measured),
         _limits(),
@@ -167,7 +169,7 @@ combinations are held out: no stage trains on them, and all numbers below are me
 switch goes to a held-out combination too, unless none differs in just the attributes that are to change.)"""
 
 
-def _recipe(reports: Sequence[tuple[str, Report]]) -> str:
+def _recipe(reports: Sequence[tuple[str, Report]], averaged: int) -> str:
     lines = [
         "| Run | Trains | Steps | Batch | Latent frames | Learning rate | Seed | Hours | Held-out score |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -186,12 +188,13 @@ def _recipe(reports: Sequence[tuple[str, Report]]) -> str:
             f"| {settings['optimizer']['learning_rate']:g} | {settings['run']['seed']} | {hours:.2f} "
             f"| {f'{metric} {score:.3f}' if score is not None else ''} |"
         )
+    mean = f"\nThe model is the mean of {averaged} exports of the last run." if averaged > 1 else ""
     devices = sorted({str(report["environment"]["devices"]) for _, report in reports})
     return f"""\
 ## Training
 
 `make toy` repeats it: {total:.1f} hours of steps in all, on {" and ".join(devices)}.
-Hours are steps times the median seconds per step. The settings of every run are in `configs/toy`.
+Hours are steps times the median seconds per step. The settings of every run are in `configs/toy`.{mean}
 
 {chr(10).join(lines)}"""
 

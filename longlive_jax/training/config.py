@@ -42,6 +42,7 @@ class RunConfig:
       checkpoint_every: updates between checkpoints; the last update and a signal make one too.
       keep: latest checkpoints that are kept; the best one is kept beside them.
       export_every: updates between exports; 0 exports at the end only.
+      keep_exports: keep every export, in `exports/<step>`, and not the last one only.
       micro_batches: parts a batch is split into, one after the other (gradient accumulation).
       diverged_factor: the run stops when the loss stays above this many times its recent median.
     """
@@ -54,6 +55,7 @@ class RunConfig:
     checkpoint_every: int = 200
     keep: int = 2
     export_every: int = 0
+    keep_exports: bool = False
     micro_batches: int = 1
     diverged_factor: float = 20.0
 

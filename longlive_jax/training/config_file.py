@@ -16,6 +16,7 @@ FREE = (
     "run.checkpoint_every",
     "run.keep",
     "run.export_every",
+    "run.keep_exports",
     "data.threads",
     "data.prefetch",
     "flow.cache_folder",

@@ -1,6 +1,7 @@
 """The loop of the two stages that learn by flow matching; `training.flow` has its parts."""
 
 import functools
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from longlive_jax.training import world as worlds
 from longlive_jax.training.config import FlowTraining
 from longlive_jax.training.flow import PART, Frozen, Sample
 from longlive_jax.training.loop import Resume, TrainingRun, check_base, make_mesh
+from longlive_jax.training.state import TrainState
 from longlive_jax.training.stored import StoredClips
 
 
@@ -52,6 +54,9 @@ def train(
                 videos = evaluator.videos(state.networks[PART].best)
                 run.evaluated(step, evaluator.scores(videos), videos)
             if run.is_early_export_due(step):
-                export_lib.export(config, {PART: state.networks[PART].best}, model=frozen.model)
-        folder = export_lib.export(config, {PART: state.networks[PART].best}, model=frozen.model)
-        return run.finish(export=str(folder))
+                run.exported(step, _export(config, frozen, state))
+        return run.finish(export=_export(config, frozen, state))
+
+
+def _export(config: FlowTraining, frozen: Frozen, state: TrainState) -> pathlib.Path:
+    return export_lib.export(config, {PART: state.networks[PART].best}, model=frozen.model)

@@ -8,7 +8,7 @@
             if run.is_evaluation_due(step):
                 run.evaluated(step, *evaluate(state))
             if run.is_early_export_due(step):
-                export(state)
+                run.exported(step, export(state))
         run.finish(export=export(state))
 
 A signal (Ctrl-C, SIGTERM) to any process ends the loop after the step under way, with a checkpoint (of
@@ -41,6 +41,7 @@ from longlive_jax.training.config_file import to_json
 from longlive_jax.training.lock import RunLock
 
 CONFIG_FILE = "config.json"
+EXPORTS_FOLDER = "exports"
 
 Resume = Literal["never", "auto"]
 """Whether a run that its folder already holds is continued, or refused."""
@@ -190,6 +191,15 @@ class TrainingRun:
         every = self.config.run.export_every
         return every > 0 and step % every == 0 and step < self.config.run.steps
 
+    def exported(self, step: int, path: pathlib.Path) -> None:
+        """Keeps a copy of an export under its step's number, where `run.keep_exports` asks for it."""
+        if not self.config.run.keep_exports or jax.process_index() != 0:
+            return
+        kept = pathlib.Path(self.config.run.folder) / EXPORTS_FOLDER / f"{step:06d}"
+        with storage.new_folder(kept, overwrite=True, replaceable=lambda _: True) as folder:
+            for file in path.iterdir():
+                storage.copy_file(file, folder / file.name)
+
     def evaluated(self, step: int, scores: Mapping[str, float], videos: np.ndarray | None = None) -> None:
         """Logs the results of an evaluation and saves the state with them.
 
@@ -209,8 +219,9 @@ class TrainingRun:
         if videos is not None:
             self.log.samples(step, videos, self.config.model.video.fps)
 
-    def finish(self, **values: Any) -> dict[str, Any]:
-        """Writes the report of a finished run and returns it."""
+    def finish(self, *, export: pathlib.Path) -> dict[str, Any]:
+        """Writes the report of a finished run, whose last state is exported, and returns it."""
+        self.exported(self._done, export)
         self.checkpoints.wait()
         report = {
             **to_json(self.config),
@@ -224,7 +235,7 @@ class TrainingRun:
             "scores": self._scores,
             "best_step": self.checkpoints.best,
             "environment": metrics_lib.environment(),
-            **values,
+            "export": str(export),
         }
         self.log.report(report)
         return report

@@ -73,6 +73,20 @@ def test_a_lora_is_merged_and_an_average_stands_in(package, smoke_checkpoint, tm
     assert set(checkpoint.open_checkpoint("toy").parts) == set(bundle.PARTS)
 
 
+def test_of_several_checkpoints_the_mean_is_stored(package, smoke_checkpoint):
+    every = [smoke_checkpoint(0), smoke_checkpoint(1)]
+    assert bundle.main(["weights", *map(str, every)]) == 0
+    found = checkpoint.open_checkpoint("toy")
+    trees = [checkpoint.open_checkpoint(path).load("transformer", dtype=np.float32) for path in every]
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, *trees)
+    assert found.source["averaged"] == 2
+    stored = found.load("transformer", dtype=np.float32)
+    for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(mean), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1 / 256, atol=1e-6)
+    only = bundle.bundle(every[1], destination=package.parent / "only")
+    assert found.fingerprint("vae") == checkpoint.open_checkpoint(only).fingerprint("vae")
+
+
 def test_a_large_or_incomplete_model_is_refused(package, smoke_checkpoint, monkeypatch, tmp_path):
     original = checkpoint.open_checkpoint(smoke_checkpoint(0))
     with checkpoint.create(tmp_path / "part", original.config, source={}) as writer:
@@ -98,7 +112,7 @@ def test_without_the_bundle_one_line_says_so(package, capsys):
 def test_a_folder_of_that_name_comes_first(package, smoke_checkpoint):
     bundle.bundle(smoke_checkpoint(0))
     assert checkpoint.locate("toy") == package
-    bundle.bundle(smoke_checkpoint(1), "toy")
+    bundle.bundle(smoke_checkpoint(1), destination="toy")
     assert checkpoint.locate("toy") == pathlib.Path("toy")
     assert checkpoint.open_checkpoint("toy").fingerprint("vae") != checkpoint.open_checkpoint(
         package
@@ -223,6 +237,16 @@ def test_the_card_says_when_the_gate_is_reached(measured, package, capsys):
         "gate (colour 0.95, shape 0.85, motion 0.85, iou 0.65) is reached"
         in (package / bundle.CARD_FILE).read_text()
     )
+
+
+def test_the_card_says_of_how_many_exports_the_model_is_the_mean(measured, smoke_checkpoint, package):
+    write_inputs(measured, {"long": report("long", "", stage="long")})
+    words, card = ["card", "--results", "r.json", "--runs", "runs"], package / bundle.CARD_FILE
+    assert bundle.main(words) == 0
+    assert "the mean of" not in card.read_text()
+    bundle.bundle(smoke_checkpoint(0), smoke_checkpoint(0))
+    assert bundle.main(words) == 0
+    assert "the mean of 2 exports of the last run" in card.read_text()
 
 
 def test_a_card_for_other_weights_is_refused(measured, smoke_checkpoint, package, capsys):

@@ -75,7 +75,8 @@ def whole_long_run(base, tmp_path_factory, fast_programs):
     folder = tmp_path_factory.mktemp("long") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-        report = stages.train(config_of("long", base, folder, run__steps=11), is_quiet=True)
+        config = config_of("long", base, folder, run__steps=11, run__export_every=9, run__keep_exports=True)
+        report = stages.train(config, is_quiet=True)
     return folder, report
 
 
@@ -109,6 +110,15 @@ def test_a_base_with_loras_apart_is_trained_on_with_them_merged(whole_long_run, 
         assert ("lora" in exported.parts) == (stage == "long")
         again = lora.merge_stored(exported, exported.load("transformer"))
         jax.tree.map(np.testing.assert_array_equal, again, whole[GENERATOR])
+
+
+def test_every_export_is_kept_where_asked_for(whole_long_run):
+    folder, report = whole_long_run
+    kept = {path.name: checkpoint.open_checkpoint(path) for path in (folder / "exports").iterdir()}
+    assert kept.keys() == {"000009", "000011"}
+    assert kept["000011"].parts == checkpoint.open_checkpoint(report["export"]).parts
+    assert kept["000009"].fingerprint("lora") != kept["000011"].fingerprint("lora")
+    Pipeline.load(folder / "exports" / "000009")
 
 
 def test_programs_are_compiled_once_wherever_the_sequence_stands(whole_long_run):

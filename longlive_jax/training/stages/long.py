@@ -70,5 +70,5 @@ def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = Fa
                 videos = evaluator.videos(setups.student_params(setup, state))
                 run.evaluated(step, evaluator.scores(videos), videos)
             if run.is_early_export_due(step):
-                setups.export(setup, state)
-        return run.finish(export=str(setups.export(setup, state)))
+                run.exported(step, setups.export(setup, state))
+        return run.finish(export=setups.export(setup, state))

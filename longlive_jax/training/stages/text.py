@@ -62,9 +62,8 @@ def train(config: TextTraining, *, resume: Resume = "never", is_quiet: bool = Fa
                 params = processes.to_host(state.networks[PART].best)
                 run.evaluated(step, evaluate(config, encoder, tokenizer, params))
             if run.is_early_export_due(step):
-                export(config, state.networks[PART].best)
-        folder = export(config, state.networks[PART].best)
-        return run.finish(export=str(folder))
+                run.exported(step, export(config, state.networks[PART].best))
+        return run.finish(export=export(config, state.networks[PART].best))
 
 
 def make_tokenizer(config: TextTraining) -> Tokenizer:

@@ -73,9 +73,9 @@ def train(config: VAETraining, *, resume: Resume = "never", is_quiet: bool = Fal
                 params = processes.to_host({**frozen, **state.networks[PART].best})
                 run.evaluated(step, *evaluate(config, params))
             if run.is_early_export_due(step):
-                export(config, processes.to_host({**frozen, **state.networks[PART].best}))
+                run.exported(step, export(config, processes.to_host({**frozen, **state.networks[PART].best})))
         folder = export(config, processes.to_host({**frozen, **state.networks[PART].best}))
-        return run.finish(export=str(folder))
+        return run.finish(export=folder)
 
 
 def training_vae(model: PipelineConfig) -> WanVAE:
