@@ -24,6 +24,7 @@ FOLDER = "plots"
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999999")
 _DASHES = ("-", "--", ":", "-.")
 _SIZE = (6.4, 4.0)  # inches
+_LEGEND_COLUMNS = 3
 _BESIDE = 0.08  # between lines at one place of an axis without numbers
 
 
@@ -123,7 +124,9 @@ def _figure(pyplot: Any, plot: Plot, result: Result) -> Any:
     axes.set_ylabel(plot.label or plot.measure)
     axes.grid(alpha=0.25)
     if len(lines) > 1 or any(lines):
-        axes.legend(frameon=False, fontsize=8)
+        # Above the axes: inside, it hides error bars.
+        columns = min(len(lines), _LEGEND_COLUMNS)
+        figure.legend(loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
     return figure
 
 
