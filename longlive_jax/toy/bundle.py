@@ -91,7 +91,7 @@ def _load(opened: Checkpoint, part: str) -> Params:
 
 
 def _mean(*leaves: Any) -> np.ndarray:
-    return np.mean(np.stack(leaves), axis=0, dtype=np.float32)
+    return np.stack(leaves).mean(axis=0, dtype=np.float32)
 
 
 def _rounded(leaf: Any) -> np.ndarray:
