@@ -41,13 +41,13 @@ _KEPT = ("stage", "steps", "seed")  # of the source; the paths in it mean nothin
 _AVERAGED = "averaged"  # in the bundled checkpoint's source: of how many its transformer is the mean
 
 
-def bundle(*sources: PathLike, destination: PathLike | None = None) -> pathlib.Path:
+def bundle(source: PathLike, *more: PathLike, destination: PathLike | None = None) -> pathlib.Path:
     """Stores a checkpoint in bfloat16, with what generation needs and no more.
 
     Args:
-      *sources: checkpoint directories, for example the last exports of the last stage: the transformer is
-        their mean, everything else the last one's. A moving average stands in for a transformer that is not
-        there, and a LoRA that is kept apart is merged in.
+      source: a checkpoint directory, for example the export of the last stage. A moving average stands in
+        for a transformer that is not there, and a LoRA that is kept apart is merged in.
+      *more: others of the same run: the transformer is the mean of all, everything else the last one's.
       destination: directory to write; default the package's. A checkpoint there is replaced, its card
         included: it told of other weights.
 
@@ -58,10 +58,13 @@ def bundle(*sources: PathLike, destination: PathLike | None = None) -> pathlib.P
       UserError: a part or the tokenizer is missing, the checkpoints are of different models, or the result
         would be larger than `LIMIT_BYTES`.
     """
-    every = [open_checkpoint(source) for source in sources]
+    every = [open_checkpoint(path) for path in (source, *more)]
     opened = every[-1]
     for other in every:
-        require(other.config == opened.config, f"{other.path} and {opened.path} are of different configs")
+        require(
+            other.config == opened.config,
+            f"{other.path} has another config than {opened.path}; give exports of one run",
+        )
     path = BUNDLED[NAME] if destination is None else pathlib.Path(destination)
     trees = {part: _load(opened, part) for part in PARTS if part != "transformer"}
     trees["transformer"] = jax.tree.map(_mean, *(_load(each, "transformer") for each in every))

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import tomllib
 
 import jax
@@ -85,6 +86,16 @@ def test_of_several_checkpoints_the_mean_is_stored(package, smoke_checkpoint):
         np.testing.assert_allclose(a, b, rtol=1 / 256, atol=1e-6)
     only = bundle.bundle(every[1], destination=package.parent / "only")
     assert found.fingerprint("vae") == checkpoint.open_checkpoint(only).fingerprint("vae")
+
+
+def test_checkpoints_of_different_configs_have_no_mean(package, smoke_checkpoint, tmp_path, capsys):
+    other = shutil.copytree(smoke_checkpoint(0), tmp_path / "other")
+    file = other / "config.json"
+    file.write_text(file.read_text().replace('"keep_sink": false', '"keep_sink": true'))
+    before = checkpoint.open_checkpoint(bundle.bundle(smoke_checkpoint(0))).fingerprint("transformer")
+    assert bundle.main(["weights", str(other), str(smoke_checkpoint(1))]) == 2
+    assert "another config" in capsys.readouterr().err
+    assert checkpoint.open_checkpoint("toy").fingerprint("transformer") == before
 
 
 def test_a_large_or_incomplete_model_is_refused(package, smoke_checkpoint, monkeypatch, tmp_path):
