@@ -6,6 +6,7 @@ trainer and the command line take the same objects and change them with dotted o
 """
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -256,27 +257,41 @@ class SamplerConfig:
 
     Attributes:
       steps: denoising timesteps, falling, in (0, 1000].
-      warp_steps: read `steps` as indices into the shifted table (entry k is table[1000 - k]).
+      opening_steps: those of a video's first block, which has no past to follow and which all later ones
+        follow; empty for `steps`. More of them cost a little time once.
+      warp_steps: read the steps as indices into the shifted table (entry k is table[1000 - k]).
       shift: timestep shift of the flow-matching schedule.
       context_noise: timestep of the pass that writes the finished block into the cache, in [0, 1000).
     """
 
     steps: tuple[int, ...] = (1000, 750, 500, 250)
+    opening_steps: tuple[int, ...] = ()
     warp_steps: bool = True
     shift: float = 5.0
     context_noise: float = 0.0
 
     def __post_init__(self) -> None:
-        require(
-            len(self.steps) > 0
-            and all(0 < s <= 1000 for s in self.steps)
-            and all(a > b for a, b in zip(self.steps, self.steps[1:], strict=False)),
-            f"sampler.steps={self.steps} must fall strictly and lie in (0, 1000]",
-        )
+        require(len(self.steps) > 0, "sampler.steps=() must hold at least one timestep")
+        for name in ("steps", "opening_steps"):
+            steps = getattr(self, name)
+            require(
+                all(0 < s <= 1000 for s in steps) and all(a > b for a, b in itertools.pairwise(steps)),
+                f"sampler.{name}={steps} must fall strictly and lie in (0, 1000]",
+            )
         require(self.shift > 0, f"sampler.shift={self.shift} must be positive")
         require(
             0 <= self.context_noise < 1000, f"sampler.context_noise={self.context_noise} must be in [0, 1000)"
         )
+
+    @property
+    def opening(self) -> "SamplerConfig":
+        """The sampler of a video's first block."""
+        return dataclasses.replace(self, steps=self.opening_steps or self.steps, opening_steps=())
+
+    @property
+    def running(self) -> "SamplerConfig":
+        """The sampler of all other blocks."""
+        return dataclasses.replace(self, opening_steps=())
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,8 +215,9 @@ class Mp4Writer(_AvWriter):
     # Written in self-contained fragments, turned into an ordinary file at the end: a process that is
     # killed outright still leaves a temporary file that plays.
     container_options = {"movflags": "hybrid_fragmented", "flush_packets": "1"}  # noqa: RUF012
-    # One thread: with more the same frames do not always become the same bytes.
-    codec_options = {"crf": str(_CRF), "preset": "medium", "threads": "1"}  # noqa: RUF012
+    # The same frames become the same bytes: not always with more threads, nor with B-frames, where x264's
+    # choices depend on what fresh memory held. Without them files are about as large.
+    codec_options = {"crf": str(_CRF), "preset": "medium", "threads": "1", "bf": "0"}  # noqa: RUF012
 
     def _check_target(self) -> None:
         for name, value in (("height", self.height), ("width", self.width)):

@@ -83,6 +83,34 @@ def test_mp4_keeps_saturated_colours(tmp_path):
     assert np.abs(middle - colours).max() <= 6
 
 
+_WRITE = """
+import sys
+import numpy as np
+from longlive_jax import video
+
+rows, columns = np.mgrid[:64, :64]
+for file in sys.argv[1:]:
+    with video.open_writer(file, fps=16, height=64, width=64) as writer:
+        for i in range(21):
+            wave = 128 + 80 * np.sin((columns + 3 * i) / 7) + 40 * np.cos(rows / 5)
+            square = ((columns - 3 * i) % 64 < 20) & (abs(rows - 30) < 10)
+            frame = np.stack([np.where(square, level, wave) for level in (230, 60, 50)], axis=-1)
+            writer.write(frame[None].astype(np.uint8))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the C library's setting is Linux's")
+def test_the_same_frames_are_the_same_bytes_whatever_memory_held(tmp_path):
+    """Fresh memory is filled with another byte in either process."""
+    files = []
+    for fill in ("85", "170"):
+        names = [str(tmp_path / f"{fill}-{i}.mp4") for i in range(3)]
+        environment = os.environ | {"MALLOC_PERTURB_": fill}
+        subprocess.run([sys.executable, "-c", _WRITE, *names], env=environment, check=True)
+        files += [pathlib.Path(name).read_bytes() for name in names]
+    assert len(set(files)) == 1
+
+
 def test_gif_plays_at_its_rate_and_loops(tmp_path):
     write(tmp_path / "clip.gif", moving_bars(32), fps=16)
     with PIL.Image.open(tmp_path / "clip.gif") as image:

@@ -3,26 +3,33 @@
 longlive ablate experiments/lora_rank/config.py --publish
 """
 
-from longlive_jax.experiments.study import Plot, Study
-from longlive_jax.experiments.tasks import Scenes
+from longlive_jax.experiments.study import TIME, Plot, Study
+from longlive_jax.experiments.tasks import Switch
+
+RANKS = (4, 8, 16, 32, 64)
 
 
 def get_config() -> Study:
     return Study(
         name="lora_rank",
         question="What rank does the LoRA of long tuning need?",
-        task=Scenes(frames=240),
-        grids=({"checkpoint": ("rank 4", "rank 8", "rank 16", "rank 32", "rank 64", "full")},),
+        task=Switch(frames=120),
+        grids=({"checkpoint": ("none", *(f"rank {rank}" for rank in RANKS), "full")},),
         checkpoints={
-            **{f"rank {rank}": f"runs/toy/long_rank{rank}/export" for rank in (4, 8, 16, 64)},
-            "rank 32": "runs/toy/long/export",
+            "none": "runs/toy/init/export",
+            **{f"rank {rank}": f"runs/toy/long_rank{rank}/export" for rank in RANKS if rank != 32},
+            # Stage `long` itself, after as many steps: its rate is constant.
+            "rank 32": "runs/toy/long/exports/000180",
             "full": "runs/toy/long_full/export",
         },
-        metrics=("adherence",),
-        columns=("all", "last.all", "fall.all", "last.motion", "identity.size", "identity.shade"),
+        metrics=("switch", "segments"),
+        columns=("story.settled", "obeyed", "held", "stays", "jump.shade"),
         plots=(
-            Plot("last", "last.all", x="checkpoint", label="adherence in the last 21 frames"),
-            Plot("identity", "identity.shade", x="checkpoint", label="shade kept"),
+            Plot("settled", "story.settled", x="checkpoint", label="all four attributes, after two blocks"),
+            Plot("held", "held", x="checkpoint", label="new attributes held"),
+            Plot(
+                "new", "blocks.new", x=TIME, by=("checkpoint",), label="changed attributes as asked, by block"
+            ),
         ),
         baseline={"checkpoint": "rank 32"},
         paper="rank: trainable parameters, VBench-Long total. 32: 44M, 81.08; 64: 87M, 82.68; 128: 175M, "

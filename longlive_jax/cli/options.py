@@ -17,6 +17,7 @@ _SETTINGS = {
     "block": "window.block_frames",
     "rope": "window.rope",
     "steps": "sampler.steps",
+    "opening_steps": "sampler.opening_steps",
     "policy": "switch.policy",
     "keep_sink": "switch.keep_sink",
     "fps": "video.fps",
@@ -44,6 +45,12 @@ def add_how(group: Any) -> None:
     )
     group.add_argument(
         "--steps", metavar="T,T,...", help="denoising timesteps, falling, e.g. 1000,750,500,250"
+    )
+    group.add_argument(
+        "--opening-steps",
+        metavar="T,T,...",
+        help="those of the first block, which all others follow: more of them cost a little time once "
+        "(default: as the others)",
     )
     group.add_argument(
         "--policy",

@@ -193,11 +193,16 @@ class Pipeline:
     def generator(self) -> rollout.Generator:
         """The rollout this pipeline runs, for use with `longlive_jax.inference.rollout`."""
         config = self.config
-        settings = (self.transformer, config.window, config.sampler)
+        settings = (self.transformer, config.window, config.sampler.running)
         if self.devices == 1:
             return rollout.Generator(*settings, cache_dtype=config.cache_dtype)
         found = parallel.available(self.devices)
         return parallel.SpreadGenerator(*settings, cache_dtype=config.cache_dtype, devices=found)
+
+    @functools.cached_property
+    def opening_generator(self) -> rollout.Generator:
+        """The rollout of a video's first block: equal to `generator` without `sampler.opening_steps`."""
+        return dataclasses.replace(self.generator, sampler=self.config.sampler.opening)
 
     def over(self, devices: int) -> "Pipeline":
         """The same pipeline over several devices of this process: `pipe.over(devices=8)`.
@@ -335,18 +340,22 @@ class Pipeline:
             changed = switch_prompts(self.generator, self.params, state.rollout, text, due)
         return dataclasses.replace(state, rollout=changed)
 
-    def advance(self, state: StreamState) -> tuple[StreamState, Array, Array | None]:
+    def advance(
+        self, state: StreamState, *, is_first: bool = False
+    ) -> tuple[StreamState, Array, Array | None]:
         """Generates and decodes the next block. Returns at once; the device works on.
 
         Args:
           state: consumed.
+          is_first: whether it is the first one, which takes `sampler.opening_steps`.
 
         Returns:
           The next state, the latents float32 `[B, n, h, w, C]`, and the pixels uint8 `[B, v, Y, X, 3]`
           (None without a decoder).
         """
         with self._precision():
-            generated, latents = rollout.step(self.generator, self.params, state.rollout)
+            generator = self.opening_generator if is_first else self.generator
+            generated, latents = rollout.step(generator, self.params, state.rollout)
             # A cut's gap is over with its block; without it the next ones run the plain programs again.
             generated = dataclasses.replace(generated, gap=None)
             if self.devices > 1:  # to where the VAE is
@@ -418,7 +427,7 @@ class Pipeline:
         for frame in range(0, blocks * block, block):
             tracks, due = self._turn(tracks, stories, frame, text)
             state = self.switch(state, tracks, due)
-            state, latents, pixels = self.advance(state)
+            state, latents, pixels = self.advance(state, is_first=frame == 0)
             yield frame, latents, pixels
 
     def _turn(

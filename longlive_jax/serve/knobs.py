@@ -54,8 +54,9 @@ def check(settings: Mapping[str, Any], config: PipelineConfig) -> None:
     """Refuses settings (dotted names) beyond the limits of a studio with this config."""
     most, frames = limits(config)["window"], settings.get("window.window_frames", 0)
     require(frames <= most, f"window={frames}: this studio gives at most {most} frames")
-    steps = settings.get("sampler.steps", ())
-    require(len(steps) <= MAX_STEPS, f"steps: {len(steps)} are too many; at most {MAX_STEPS} are taken")
+    for name in ("steps", "opening_steps"):
+        steps = settings.get(f"sampler.{name}", ())
+        require(len(steps) <= MAX_STEPS, f"{name}: {len(steps)} are too many; at most {MAX_STEPS} are taken")
 
 
 def check_recording(recording: Recording, config: PipelineConfig) -> None:
@@ -65,8 +66,9 @@ def check_recording(recording: Recording, config: PipelineConfig) -> None:
         (recording.height, recording.width) == (own.height, own.width),
         f"the session is {recording.width}x{recording.height}, this studio {own.width}x{own.height}",
     )
-    steps = recording.config.sampler.steps
-    check({"window.window_frames": window.window_frames, "sampler.steps": steps}, config)
+    sampler = recording.config.sampler
+    asked = {"sampler.steps": sampler.steps, "sampler.opening_steps": sampler.opening_steps}
+    check({"window.window_frames": window.window_frames, **asked}, config)
     prompts = [recording.prompt, *(getattr(event, "prompt", "") for event in recording.events)]
     require(
         all(len(prompt) <= PROMPT_CHARS for prompt in prompts),

@@ -71,7 +71,7 @@ def advance(
     pipe = _under(pipe, moment.config)
     track, how = moment.track.next_block()
     stream = pipe.switch(moment.stream, [track], {} if how is None else {0: how})
-    stream, latents, pixels = pipe.advance(stream)
+    stream, latents, pixels = pipe.advance(stream, is_first=moment.block == 0)
     assert pixels is not None  # a session's streams decode
     info = BlockInfo(
         block=moment.block,

@@ -32,6 +32,8 @@ def warm_up(
     """
     size = turn.check_start(pipe.config, prompt, seed=0, height=height, width=width)
     moment = _advanced(pipe, turn.begin(pipe, prompt, seed=0, **size))
+    if pipe.config.sampler.opening_steps:  # the other blocks are another program
+        moment = _advanced(pipe, moment)
     yield None
     moment = _filled(pipe, moment)
     yield "recache"

@@ -57,6 +57,8 @@ _SWITCH_ROWS = (
     ("held.1", "... where one attribute changes"),
     ("held.2", "... where two change"),
     ("held.4", "... where all change"),
+    *((f"held.{name}", f"... new {name} alone") for name in VALUES if name != "shape"),
+    *((f"held.shape.{name}", f"... new {name} alone") for name in VALUES["shape"]),
     ("stays", "switches after which the unchanged attributes stay"),
     ("jump", "jump at the boundary over the typical change between frames"),
     ("jump.place", "jump of the place, in pixels"),

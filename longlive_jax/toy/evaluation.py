@@ -209,8 +209,10 @@ def measure_switches(
     Returns:
       `before`: share of frames of the last block before the switch that show the old prompt. `held`: 1
       where, from the third block on, every changed attribute reads as new in three frames of four;
-      `held.1`, `held.2`, `held.4`: the same by the number of changed attributes. `stays`: 1 where what the
-      new prompt leaves unchanged reads right in three frames of four after the switch. `obeyed`: both.
+      `held.1`, `held.2`, `held.4`: the same by the number of changed attributes. `held.shape` etc.: the
+      same of that attribute alone; `held.shape.ring` etc.: where the new prompt asks for one. `stays`: 1
+      where what the new prompt leaves unchanged reads right in three frames of four after the switch.
+      `obeyed`: both.
       `jump`: largest change between frames at the boundary over the clip's median change, where the
       background is not asked to change (a new background is a jump in any case); `jump.any`: in all clips.
       `jump.place`: pixels by which the sprite's place jumps beyond its step. `jump.size`, `jump.shade`,
@@ -242,6 +244,11 @@ def measure_switches(
         "before": right[:, frame - block : frame].all(-1).mean(1),
         "held": held,
         **{f"held.{n}": np.where(count == n, held, np.nan) for n in CHANGES},
+        **{f"held.{name}": scores.held_each[:, i] for i, name in enumerate(FIELDS)},
+        **{
+            f"held.shape.{name}": np.where(new[:, SHAPE] == i, scores.held_each[:, SHAPE], np.nan)
+            for i, name in enumerate(SHAPES)
+        },
         "stays": scores.stays,
         "obeyed": held * np.where(np.isnan(scores.stays), 1, scores.stays),
         "jump": np.where(old[:, BACKGROUND] == new[:, BACKGROUND], scores.jump, np.nan),

@@ -243,6 +243,7 @@ class SwitchScores:
         all four changed.
       held: whether, from the third block after the switch to the last window, every changed attribute
         reads as new in at least three frames of four, bool [B].
+      held_each: the same by attribute, [B, 4]; not a number where it does not change.
       stays: whether every attribute both prompts agree on reads so in at least three of four frames after
         the switch, [B]; not a number where all four changed.
       identity: size, shade and gradient of each window against the last frames before the switch, as
@@ -256,6 +257,7 @@ class SwitchScores:
     old: np.ndarray
     unchanged: np.ndarray
     held: np.ndarray
+    held_each: np.ndarray
     stays: np.ndarray
     identity: np.ndarray
     place: np.ndarray
@@ -308,12 +310,13 @@ def score_switch(
         per_frame = (hits & among).sum(-1) / count
         return per_frame.reshape(len(old), windows, window_frames).mean(-1)
 
-    late = hit_new[:, grace_frames:].mean(1)  # [B, 4]
+    is_held = hit_new[:, grace_frames:].mean(1) >= _HELD  # [B, 4]
     return SwitchScores(
         new=share(hit_new, changed),
         old=share(codes == old[:, None], changed),
         unchanged=share(hit_new, ~changed),
-        held=((late >= _HELD) | ~changed[:, 0]).all(1),
+        held=(is_held | ~changed[:, 0]).all(1),
+        held_each=np.where(changed[:, 0], is_held, np.nan),
         stays=np.where(changed.all((1, 2)), np.nan, ((hit_new.mean(1) >= _HELD) | changed[:, 0]).all(1)),
         identity=_identity_after(world, readings, frame, window_frames, windows),
         place=_place_jump(world, readings, old, frame),

@@ -6,7 +6,7 @@ is Python: a module whose `get_config()` returns one of them.
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from longlive_jax.config import (
     PRESETS,
@@ -191,7 +191,7 @@ class EvaluationConfig:
       frames: latent frames of each.
       batch_size: clips made at once.
       seed: names the clips.
-      metric: the number that decides which checkpoint is best.
+      metric: the number that decides which checkpoint is best: "loss", or one that the stage evaluates.
       better: whether more or less of it is better.
     """
 
@@ -230,11 +230,19 @@ class Training:
     evaluation: EvaluationConfig = EvaluationConfig()
     remat: RematPolicy = "none"
 
+    evaluated: ClassVar[tuple[str, ...]] = _READ_FROM_PIXELS
+    """Numbers that the stage's evaluations give."""
+
     def __post_init__(self) -> None:
         require(
             self.data.batch_size % self.run.micro_batches == 0,
             f"data.batch_size={self.data.batch_size} must be a multiple of run.micro_batches="
             f"{self.run.micro_batches}",
+        )
+        allowed = ("loss", *self.evaluated)
+        require(
+            self.evaluation.metric in allowed,
+            f"evaluation.metric={self.evaluation.metric!r} must be one of {', '.join(allowed)}",
         )
 
 
@@ -280,6 +288,8 @@ class VAETraining(Training):
     data: ClipsConfig
     vae: VAELoss = VAELoss()
 
+    evaluated: ClassVar[tuple[str, ...]] = (*_READ_FROM_PIXELS, "psnr")
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require(
@@ -293,6 +303,8 @@ class TextTraining(Training):
     """Stage `text`: the text encoder, by naming the attributes a caption describes."""
 
     data: ClipsConfig
+
+    evaluated: ClassVar[tuple[str, ...]] = ("accuracy",)
 
 
 @dataclasses.dataclass(frozen=True)

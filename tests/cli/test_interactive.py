@@ -110,7 +110,7 @@ def test_mistakes_are_one_line_and_leave_nothing(refused, tiny, typed, words, me
 def test_a_failure_leaves_what_there_is(longlive, tiny, typed, monkeypatch):
     advance, blocks = Pipeline.advance, []
 
-    def broken(self, state):
+    def broken(self, state, **_):
         blocks.append(state)
         if len(blocks) == 3:
             raise ZeroDivisionError("out of luck")

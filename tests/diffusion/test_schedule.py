@@ -80,3 +80,6 @@ def test_the_samplers_table_is_the_released_one():
 def test_step_lists_that_make_no_sense_are_refused(steps):
     with pytest.raises(UserError, match=r"sampler\.steps="):
         SamplerConfig(steps=steps)
+    if steps:
+        with pytest.raises(UserError, match=r"sampler\.opening_steps="):
+            SamplerConfig(opening_steps=steps)

@@ -1,9 +1,12 @@
 """The pipeline as a user calls it: a checkpoint directory, prompts in, frames out."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from longlive_jax import Pipeline, PromptSwitch, Story, UserError, checkpoint
+from longlive_jax.config_dict import override
 from longlive_jax.inference.pipeline import one_ahead
 from longlive_jax.video import read_video
 
@@ -69,6 +72,20 @@ def test_a_switch_changes_what_follows_and_nothing_before(pipe):
         seen.append(latents[:, 6:])
     assert np.abs(seen[0] - seen[1]).max() > 1e-4
     assert np.abs(seen[1] - seen[2]).max() > 1e-4
+
+
+def test_the_first_block_may_have_steps_of_its_own(pipe):
+    """Its result is that of these steps, and the next ones follow it with the usual ones."""
+    few, more = (1000, 500), (1000, 900, 600, 300)
+    usual = dataclasses.replace(pipe, config=override(pipe.config, {"sampler.steps": few}))
+    opened = dataclasses.replace(usual, config=override(usual.config, {"sampler.opening_steps": more}))
+    whole = dataclasses.replace(pipe, config=override(pipe.config, {"sampler.steps": more}))
+    a, b, c = (p([PROMPT, OTHER], frames=9, seed=0).latents for p in (usual, opened, whole))
+    np.testing.assert_array_equal(b[:, :3], c[:, :3])
+    assert np.abs(b[:, :3] - a[:, :3]).max() > 1e-3
+    assert min(np.abs(b[:, 3:] - other[:, 3:]).max() for other in (a, c)) > 1e-3
+    assert opened.generator == usual.generator  # one program for the blocks after it
+    assert usual.opening_generator == usual.generator
 
 
 def test_overrides_take_effect_and_are_checked(tiny_checkpoint):

@@ -56,6 +56,20 @@ def test_a_session_gives_the_frames_of_the_same_story(pipe):
     assert all(b.info.timings.ready >= b.info.timings.dispatched > 0 for b in blocks)
 
 
+def test_a_session_opens_with_the_steps_for_it(pipe):
+    """Also after it was rewound to its beginning."""
+    opened = dataclasses.replace(pipe, config=override(pipe.config, {"sampler.opening_steps": (1000, 500)}))
+    expected = np.concatenate([c.video[0] for c in opened.stream(FOX, frames=9, seed=3)])
+    plain = np.concatenate([c.video[0] for c in pipe.stream(FOX, frames=9, seed=3)])
+    with Session(opened, FOX, seed=3, keep_blocks=4) as session:
+        first = take(session, 3)
+        session.rewind(0)
+        again = take(session, 3)
+    np.testing.assert_array_equal(frames_of(first), expected)
+    np.testing.assert_array_equal(frames_of(again), expected)
+    assert (frames_of(first) != plain).any()
+
+
 def test_the_next_block_is_under_way_when_frames_are_handed_out(pipe):
     with Session(pipe, FOX, blocks=4) as session:
         assert [(block.info.block, session.next_block) for block in session] == [
@@ -280,7 +294,7 @@ def test_a_failure_is_reported_and_the_session_goes_on_from_a_snapshot(pipe, mon
         frames = take(session, 2)
         advance = Pipeline.advance
 
-        def broken(self, state):
+        def broken(self, state, **_):
             advance(self, state)  # consumes the state, as a step that fails on the device does
             raise ZeroDivisionError("out of luck\nand more")
 

@@ -126,7 +126,7 @@ def test_an_exception_of_the_model_is_survived(tmp_path, monkeypatch):
         watched.frames(take=1, count=4)
 
 
-def _broken(*_):
+def _broken(*_, **__):
     raise RuntimeError("the device is gone")
 
 

@@ -142,6 +142,11 @@ def test_a_perfect_switch_scores_everything(held_out, switches):
     np.testing.assert_array_equal(table["stays"], np.where(count == 4, np.nan, 1))
     for number in evaluation.CHANGES:
         np.testing.assert_array_equal(table[f"held.{number}"], np.where(count == number, 1, np.nan))
+    changed = held_out.codes != switches
+    for i, name in enumerate(("shape", "colour", "motion", "background")):
+        np.testing.assert_array_equal(table[f"held.{name}"], np.where(changed[:, i], 1, np.nan))
+    rings = changed[:, 0] & (switches[:, 0] == 2)
+    np.testing.assert_array_equal(table["held.shape.ring"], np.where(rings, 1, np.nan))
     assert table["blocks.new"].shape == (CLIPS, 7)
     np.testing.assert_array_equal(table["blocks.new"], 1)
     np.testing.assert_array_equal(table["blocks.old"], 0)
@@ -168,6 +173,21 @@ def test_a_switch_must_come_within_two_blocks(held_out, switches):
     np.testing.assert_array_equal(late["held"], 0)
     np.testing.assert_array_equal(late["blocks.new"][:, :4], 0)
     np.testing.assert_array_equal(late["blocks.new"][:, 6:], 1)
+
+
+def test_a_switch_that_is_half_obeyed_holds_by_attribute(held_out):
+    """The prompt changes shape and colour, the video the colour alone."""
+    new = held_out.codes.copy()
+    new[:, 0], new[:, 1] = 2, (new[:, 1] + 1) % 4
+    asked = new[:, 0] != held_out.codes[:, 0]
+    after = np.where(np.arange(4) == 0, held_out.codes, new)
+    table = judge(held_out, new, after=after)
+    np.testing.assert_array_equal(table["held"], ~asked)
+    np.testing.assert_array_equal(table["held.colour"], 1)
+    np.testing.assert_array_equal(table["held.shape"], np.where(asked, 0, np.nan))
+    np.testing.assert_array_equal(table["held.shape.ring"], np.where(asked, 0, np.nan))
+    np.testing.assert_array_equal(table["held.shape.square"], np.nan)
+    np.testing.assert_array_equal(table["held.motion"], np.nan)
 
 
 def test_what_should_have_stayed_did_not(held_out):

@@ -264,6 +264,8 @@ def test_what_does_not_fit_is_refused(base, tmp_path):
         config_of("long", base, tmp_path, streaming__switch_frames=(30,))
     with pytest.raises(UserError, match=r"evaluation.metric='all' is read from videos of the toy world's"):
         config_of("init", base, tmp_path, data__prompts="prompts.txt")
+    with pytest.raises(UserError, match=r"evaluation.metric='al' must be one of loss, shape, "):
+        config_of("init", base, tmp_path, evaluation__metric="al")
     with pytest.raises(UserError, match=r"data.switch_prompts is empty"):
         config_of("long", base, tmp_path, data__prompts="prompts.txt", evaluation__metric="loss")
     with pytest.raises(UserError, match=r"scores.critic is empty and the teacher is of another shape"):
