@@ -29,7 +29,7 @@ def draw(results: dict[str, Any], path: pathlib.Path) -> None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     left, right = figure.subplots(1, 2, sharey=True)
     panels = (
-        (left, points(results["block_step"]["rows"], r"window=(\d+) sink=3"), "window, latent frames"),
+        (left, points(results["windows"]["rows"], r"window=(\d+) sink=3"), "window, latent frames"),
         (right, points(results["length"]["rows"], r"after (\d+) s"), "video so far, seconds"),
     )
     for axes, data, label in panels:

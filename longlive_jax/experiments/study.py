@@ -96,12 +96,16 @@ def _setting(name: str) -> Axis:
     return apply
 
 
-def _steps(condition: Condition, value: Any) -> Condition:
+def _steps(name: str) -> Axis:
     """Evenly spread denoising steps from their number; a sequence is taken as it is."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        require(1 <= value <= 1000, f"steps={value} must be in [1, 1000]")
-        value = tuple(round(1000 * (value - i) / value) for i in range(value))
-    return _setting("sampler.steps")(condition, value)
+
+    def apply(condition: Condition, value: Any) -> Condition:
+        if isinstance(value, int) and not isinstance(value, bool):
+            require(1 <= value <= 1000, f"{name}={value} must be in [1, 1000]")
+            value = tuple(round(1000 * (value - i) / value) for i in range(value))
+        return _setting(f"sampler.{name}")(condition, value)
+
+    return apply
 
 
 def _lora(condition: Condition, value: Any) -> Condition:
@@ -114,7 +118,8 @@ AXES: Mapping[str, Axis] = {
     "sink": _setting("window.sink_frames"),
     "block": _setting("window.block_frames"),
     "rope": _setting("window.rope"),
-    "steps": _steps,
+    "steps": _steps("steps"),
+    "opening_steps": _steps("opening_steps"),
     "shift": _setting("sampler.shift"),
     "policy": _setting("switch.policy"),
     "keep_sink": _setting("switch.keep_sink"),

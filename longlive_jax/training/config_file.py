@@ -1,12 +1,13 @@
 """From a config file to a stage's config, and from that to JSON and back."""
 
+import contextlib
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 from longlive_jax import config_module
 from longlive_jax.config_dict import from_dict, override, to_dict
-from longlive_jax.errors import require
+from longlive_jax.errors import UserError, require
 from longlive_jax.training.config import STAGES, Training, stage_of
 
 FREE = (
@@ -61,9 +62,17 @@ def from_json(values: Mapping[str, Any]) -> Training:
 
 
 def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Dotted names of the settings in which two `to_json` results differ, but for the `FREE` ones."""
+    """Dotted names of the settings in which two `to_json` results differ, but for the `FREE` ones.
+
+    A setting that is younger than the older of them had its default value there. `run.steps` is free where no
+    learning rate depends on it.
+    """
     if old.get("stage") != new.get("stage"):
         return ["stage"]
+    with contextlib.suppress(UserError):  # a setting that is none here: compared as it is
+        old = to_json(from_json(old))
     a, b = config_module.flatten(old["settings"]), config_module.flatten(new["settings"])
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    return [name for name in names if not any(name == f or name.startswith(f"{f}.") for f in FREE)]
+    schedules = {value for name, value in (*a.items(), *b.items()) if name.endswith("optimizer.schedule")}
+    free = (*FREE, "run.steps") if schedules == {"constant"} else FREE
+    return [name for name in names if not any(name == f or name.startswith(f"{f}.") for f in free)]

@@ -108,9 +108,15 @@ class TrainingRun:
             )
             self.compiles = stack.enter_context(metrics_lib.CompileCounter())
             self.checkpoints = stack.enter_context(Checkpoints(self.config))
-            if exists and self.checkpoints.latest is not None:
-                self.checkpoints.check(self.checkpoints.latest)
-            elif jax.process_index() == 0:
+            latest = self.checkpoints.latest
+            if exists and latest is not None:
+                self.checkpoints.check(latest)
+                require(
+                    latest <= self.config.run.steps,
+                    f"run.steps={self.config.run.steps} is less than the {latest} steps that run.folder="
+                    f"{self._folder} has made; give at least as many",
+                )
+            if jax.process_index() == 0:
                 storage.write_json(self._folder / CONFIG_FILE, to_json(self.config))
             stack.enter_context(self._signal)
             self._stack = stack.pop_all()

@@ -66,6 +66,6 @@ def test_the_plot_takes_its_points_from_the_rows(tmp_path):
 
     by_window = [row("window=12 sink=3", 0.2), row("window=6 sink=3", 0.1), row("window=12 sink=0", 9.0)]
     assert plot.points(by_window, r"window=(\d+) sink=3") == [(6, 100, 50), (12, 200, 100)]
-    results = {"block_step": {"rows": by_window}, "length": {"rows": [row("after 10 s", 0.2)]}}
+    results = {"windows": {"rows": by_window}, "length": {"rows": [row("after 10 s", 0.2)]}}
     plot.draw(results, tmp_path / "plot.svg")
     assert (tmp_path / "plot.svg").read_text().count("<path") > 4

@@ -223,6 +223,8 @@ def test_axes_reach_the_config():
     assert (config.sampler.context_noise, config.switch.policy) == (10.0, "keep")
     assert (condition.checkpoint, condition.use_lora) == ("runs/short", False)
     assert condition.label == "steps 2, sampler.context_noise 10, policy keep, lora off, checkpoint short"
+    opened = small(grids=({"opening_steps": (4,)},)).conditions()[0].resolve(preset("toy"))
+    assert opened.sampler.opening_steps == preset("toy").sampler.steps
     # The paper's four steps are the even spread of four.
     assert small(grids=({"steps": (4,)},)).conditions()[0].resolve(preset("toy")) == preset("toy")
 

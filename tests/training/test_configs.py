@@ -1,5 +1,6 @@
 """Config files: snapshots of what they resolve to, overrides, and the errors a user would see."""
 
+import copy
 import itertools
 import json
 import os
@@ -132,3 +133,14 @@ def test_only_differences_that_matter_are_named():
     new = to_json(load_config(config_file("vae"), changes))
     assert differing(old, new) == ["model.vae.dim", "optimizer.learning_rate"]
     assert differing(old, to_json(load_config(config_file("text")))) == ["stage"]
+
+
+def test_a_setting_that_an_older_version_did_not_have_had_its_default():
+    new = to_json(load_config(config_file("vae")))
+    old = copy.deepcopy(new)
+    del old["settings"]["model"]["sampler"]["opening_steps"]
+    assert differing(old, new) == []
+    changed = to_json(load_config(config_file("vae"), {"model.sampler.opening_steps": "1000,500"}))
+    assert differing(old, changed) == ["model.sampler.opening_steps"]
+    old["settings"]["model"]["sampler"]["colour"] = "red"  # and one that this version does not have
+    assert "model.sampler.colour" in differing(old, new)

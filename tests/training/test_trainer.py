@@ -111,6 +111,24 @@ def test_killed_and_resumed_is_bit_identical(name, part, base, tmp_path):
     assert part in checkpoint.open_checkpoint(folder / "export").parts
 
 
+def test_a_finished_run_goes_on_where_its_rate_is_constant(base, tmp_path):
+    """To the losses of a run that was that long from the start; with a falling rate it is refused."""
+    rate = {"optimizer__schedule": "constant"}
+    for folder, steps in (("whole", (6,)), ("longer", (3, 6))):
+        for count in steps:
+            config = smoke("text", base, tmp_path / folder, run__steps=count, **rate)
+            report = stages.train(config, resume="auto", is_quiet=True)
+        assert report["steps"] == 6
+    assert losses(tmp_path / "longer") == losses(tmp_path / "whole")
+    assert json.loads((tmp_path / "longer" / "config.json").read_text())["settings"]["run"]["steps"] == 6
+    with pytest.raises(UserError, match=r"run.steps=4 is less than the 6 steps that"):
+        stages.train(smoke("text", base, tmp_path / "longer", run__steps=4, **rate), resume="auto")
+    falling = {"optimizer__schedule": "cosine"}
+    stages.train(smoke("text", base, tmp_path / "falling", run__steps=2, **falling), is_quiet=True)
+    with pytest.raises(UserError, match=r"other settings \(run.steps\)"):
+        stages.train(smoke("text", base, tmp_path / "falling", run__steps=4, **falling), resume="auto")
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_exits(number, base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
