@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
+from longlive_jax import memory
 from longlive_jax.config import TransformerConfig, WindowConfig
 
 
@@ -87,7 +88,8 @@ def block_step(
 def traced(function: Callable[..., Any], *arguments: Any) -> Work:
     """The products and convolutions of a function, counted in its jaxpr; arguments and results once.
 
-    Loops count as often as they run. `arguments` may be shapes.
+    Loops count as often as they run, and of what differs by platform this platform's form. `arguments` may be
+    shapes.
     """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     size = sum(v.aval.size * v.aval.dtype.itemsize for v in (*jaxpr.jaxpr.invars, *jaxpr.jaxpr.outvars))
@@ -108,16 +110,11 @@ def _flops(jaxpr: jex.Jaxpr) -> float:
             total += 2 * out.size * kernel.size / kernel.shape[spec[0]]
         else:
             count = eqn.params.get("length", 1) if name == "scan" else 1
-            total += count * sum(_flops(inner) for inner in _inner(eqn))
+            total += count * sum(_flops(inner) for inner in memory.inner_jaxprs(eqn, _platform()))
     return total
 
 
-def _inner(eqn: Any) -> list[jex.Jaxpr]:
-    found = []
-    for value in eqn.params.values():
-        for item in value if isinstance(value, tuple | list) else (value,):
-            if isinstance(item, jex.ClosedJaxpr):
-                found.append(item.jaxpr)
-            elif isinstance(item, jex.Jaxpr):
-                found.append(item)
-    return found
+def _platform() -> str:
+    """The default device's, as JAX lowers for it."""
+    name = jax.default_backend()
+    return "cuda" if name == "gpu" else name

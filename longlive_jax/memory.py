@@ -305,7 +305,7 @@ def _peak(jaxpr: Any, platform: str, in_place: Set[Any] = frozenset()) -> int:
         inner = max(
             (
                 _peak(sub, platform, _shared_results(equation, sub))
-                for sub in _inner_jaxprs(equation, platform)
+                for sub in inner_jaxprs(equation, platform)
             ),
             default=0,
         )
@@ -327,7 +327,7 @@ def _owners(jaxpr: Any) -> dict[Any, Any]:
 
 def _is_elementwise(equation: Any) -> bool:
     """Whether the result may be written over an operand: same shape, and no inner program."""
-    if any(True for _ in _inner_jaxprs(equation, platform=None)) or equation.primitive.name in _REORDERING:
+    if any(True for _ in inner_jaxprs(equation, platform=None)) or equation.primitive.name in _REORDERING:
         return False
     shapes = {v.aval.shape for v in _variables(equation.invars) if v.aval.shape}
     return shapes <= {v.aval.shape for v in equation.outvars}
@@ -336,8 +336,14 @@ def _is_elementwise(equation: Any) -> bool:
 _REORDERING = frozenset(["dot_general", "conv_general_dilated", "gather", "scatter", "sort", "cumsum"])
 
 
-def _inner_jaxprs(equation: Any, platform: str | None) -> Iterator[Any]:
-    """The programs inside an equation; of those that differ by platform, the one of `platform` alone."""
+def inner_jaxprs(equation: Any, platform: str | None) -> Iterator[Any]:
+    """The programs inside an equation of a jaxpr.
+
+    Args:
+      equation: may be a loop, a branch, a call: anything.
+      platform: of programs that differ by platform (`jax.lax.platform_dependent`) the one of this platform
+        alone, e.g. "cuda"; None gives all.
+    """
     by_platform = equation.params.get("branches_platforms")
     if by_platform is not None and platform is not None:
         branches = zip(equation.params["branches"], by_platform, strict=True)

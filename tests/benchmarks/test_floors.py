@@ -50,6 +50,13 @@ def test_loops_count_as_often_as_they_run():
     assert work.size == 2 * 16 * 16 * 4
 
 
+def test_of_what_differs_by_platform_one_form_counts():
+    def run(x):
+        return jax.lax.platform_dependent(x, cuda=lambda x: x @ x @ x, default=lambda x: x @ x)
+
+    assert floors.traced(run, S((16, 16), jnp.float32)).flops == 2 * 16**3
+
+
 def test_the_table_has_a_line_for_every_row_and_for_what_failed():
     rows = [
         {"case": "keys=64", "seconds": 0.002, "floor_seconds": 0.001, "times_floor": 2.0, "error": "1e-3"}
