@@ -6,7 +6,8 @@
 Every part runs in a process of its own and under a timeout, so a kernel that hangs costs its own numbers
 only; correctness comes before timing. With --warm all parts run once at the same time before, untimed, to
 fill JAX's compilation cache: on a machine with many cores that takes as long as the slowest of them. The
-result is a table and `results/suite_NAME.json`.
+result is a table and `results/suite_NAME.json`; parts that were not run again stay there as they were if this
+is the machine they were measured on.
 """
 
 import argparse
@@ -68,6 +69,13 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def earlier(name: str) -> dict[str, Any]:
+    """The parts of a stored result that was measured on a machine of this description; else none."""
+    file = common.RESULTS / f"{name}.json"
+    stored = json.loads(file.read_text()) if file.exists() else {}
+    return {part: stored[part] for part in PARTS if part in stored and stored["machine"] == common.machine()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -102,7 +110,7 @@ def measure(arguments: argparse.Namespace) -> None:
         print(f"{part} ...", file=sys.stderr, flush=True)
         results[part] = measured(part, arguments.suite, timeout=arguments.timeout)
     if not arguments.no_save:
-        common.save(f"suite_{arguments.suite}", results)
+        common.save(f"suite_{arguments.suite}", {**earlier(f"suite_{arguments.suite}"), **results})
     print(table(results))
 
 

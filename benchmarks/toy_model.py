@@ -27,7 +27,7 @@ import numpy as np
 from benchmarks import common
 from longlive_jax import storage, toy
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
-from longlive_jax.config import PipelineConfig, SwitchPolicy
+from longlive_jax.config import PipelineConfig, SwitchPolicy, even_steps
 from longlive_jax.config_dict import override, to_dict
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference.pipeline import Pipeline
@@ -36,13 +36,16 @@ from longlive_jax.provenance import fingerprints
 from longlive_jax.toy import evaluation
 from longlive_jax.training.world import world_of
 
-CELL_VERSION = 2
+CELL_VERSION = 3
 """To be raised when what a cell holds changes: stored cells of another version are measured again."""
 
 MODEL = "model"
 """What the first checkpoint is called beside those of --compare."""
 
 KINDS = ("clip", "switch", "long")
+
+OPENING = 16
+"""Denoising steps of the first block in the cell that has more of them there."""
 
 # Sections of the first checkpoint's config that all are measured with.
 _SHARED = ("window", "sampler", "switch")
@@ -111,12 +114,14 @@ def plan(config: PipelineConfig, settings: Settings, others: Sequence[str]) -> l
     """Every cell, the model's own first."""
     rope = "absolute" if config.window.rope == "relative" else "relative"
     long, switch = settings.long_frames, settings.switch_frames
+    opened = {"sampler.opening_steps": even_steps(OPENING)}
     cells = [
         Cell("clip", MODEL, settings.frames),
         Cell("switch, recache", MODEL, switch, policy="recache"),
         Cell("long", MODEL, long),
         Cell("switch, keep", MODEL, switch, policy="keep"),
         Cell("switch, clear", MODEL, switch, policy="clear"),
+        Cell(f"clip, opening steps {OPENING}", MODEL, settings.frames, opened),
         Cell(f"long, {rope} rope", MODEL, long, {"window.rope": rope}),
     ]
     if config.window.sink_frames > 0:

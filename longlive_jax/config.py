@@ -251,6 +251,11 @@ class WindowConfig:
         return max(total_frames - self.block_frames, 0)
 
 
+def even_steps(count: int) -> tuple[int, ...]:
+    """Evenly spread denoising timesteps from 1000 down; four of them are the paper's."""
+    return tuple(round(1000 * (count - i) / count) for i in range(count))
+
+
 @dataclasses.dataclass(frozen=True)
 class SamplerConfig:
     """The few-step sampler.

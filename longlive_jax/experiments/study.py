@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from longlive_jax import config_module
-from longlive_jax.config import PipelineConfig
+from longlive_jax.config import PipelineConfig, even_steps
 from longlive_jax.config_dict import override, to_dict
 from longlive_jax.errors import UserError, require
 from longlive_jax.experiments.tasks import SEED_STRIDE, Task
@@ -102,7 +102,7 @@ def _steps(name: str) -> Axis:
     def apply(condition: Condition, value: Any) -> Condition:
         if isinstance(value, int) and not isinstance(value, bool):
             require(1 <= value <= 1000, f"{name}={value} must be in [1, 1000]")
-            value = tuple(round(1000 * (value - i) / value) for i in range(value))
+            value = even_steps(value)
         return _setting(f"sampler.{name}")(condition, value)
 
     return apply

@@ -80,6 +80,8 @@ def test_the_plan_takes_the_method_apart():
         "long, init": {},
     }
     assert {cell.frames for cell in cells if cell.kind == "long"} == {240}
+    opened = [cell for cell in cells if cell.overrides.keys() == {"sampler.opening_steps"}]
+    assert [(cell.kind, len(cell.overrides["sampler.opening_steps"])) for cell in opened] == [("clip", 16)]
     assert [
         cell.policy for cell in cells if cell.checkpoint == toy_model.MODEL and cell.kind == "switch"
     ] == [*("recache", "keep", "clear")]
