@@ -93,10 +93,11 @@ def traced(function: Callable[..., Any], *arguments: Any) -> Work:
     """
     jaxpr = jax.make_jaxpr(function)(*arguments)
     size = sum(v.aval.size * v.aval.dtype.itemsize for v in (*jaxpr.jaxpr.invars, *jaxpr.jaxpr.outvars))
-    return Work(_flops(jaxpr.jaxpr), size)
+    name = jax.default_backend()
+    return Work(_flops(jaxpr.jaxpr, "cuda" if name == "gpu" else name), size)
 
 
-def _flops(jaxpr: jex.Jaxpr) -> float:
+def _flops(jaxpr: jex.Jaxpr, platform: str) -> float:
     total = 0.0
     for eqn in jaxpr.eqns:
         name, out = eqn.primitive.name, eqn.outvars[0].aval if eqn.outvars else None
@@ -110,11 +111,5 @@ def _flops(jaxpr: jex.Jaxpr) -> float:
             total += 2 * out.size * kernel.size / kernel.shape[spec[0]]
         else:
             count = eqn.params.get("length", 1) if name == "scan" else 1
-            total += count * sum(_flops(inner) for inner in memory.inner_jaxprs(eqn, _platform()))
+            total += count * sum(_flops(inner, platform) for inner in memory.inner_jaxprs(eqn, platform))
     return total
-
-
-def _platform() -> str:
-    """The default device's, as JAX lowers for it."""
-    name = jax.default_backend()
-    return "cuda" if name == "gpu" else name

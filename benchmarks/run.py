@@ -73,7 +73,9 @@ def earlier(name: str) -> dict[str, Any]:
     """The parts of a stored result that was measured on a machine of this description; else none."""
     file = common.RESULTS / f"{name}.json"
     stored = json.loads(file.read_text()) if file.exists() else {}
-    return {part: stored[part] for part in PARTS if part in stored and stored["machine"] == common.machine()}
+    if stored.get("machine") != common.machine():
+        return {}
+    return {part: stored[part] for part in PARTS if part in stored}
 
 
 def main() -> None:

@@ -14,8 +14,7 @@ def get_config() -> Study:
         name="lora_rank",
         question="What rank does the LoRA of long tuning need?",
         task=Switch(frames=120),
-        # Exports carry the recache of the config they were trained with: here all have the same one.
-        grids=({"checkpoint": ("none", *(f"rank {rank}" for rank in RANKS), "full"), "keep_sink": (False,)},),
+        grids=({"checkpoint": ("none", *(f"rank {rank}" for rank in RANKS), "full")},),
         checkpoints={
             "none": "runs/toy/init/export",
             **{f"rank {rank}": f"runs/toy/long_rank{rank}/export" for rank in RANKS if rank != 32},
@@ -32,7 +31,8 @@ def get_config() -> Study:
                 "new", "blocks.new", x=TIME, by=("checkpoint",), label="changed attributes as asked, by block"
             ),
         ),
-        baseline={"checkpoint": "rank 32", "keep_sink": False},
+        settings={"switch.keep_sink": False},  # the recache that `long` trains with
+        baseline={"checkpoint": "rank 32"},
         paper="rank: trainable parameters, VBench-Long total. 32: 44M, 81.08; 64: 87M, 82.68; 128: 175M, "
         "82.98; 256: 350M, 83.12; 512: 700M, 83.04; all 1.3B: 83.52.",
     )

@@ -30,7 +30,7 @@ from longlive_jax.provenance import fingerprints
 from longlive_jax.toy.evaluation import Table
 from longlive_jax.video import open_writer
 
-# Sections of the config that change without the weights being loaded again.
+# Sections of the config that say how weights generate: they change without these being loaded again.
 _FREE = ("window", "sampler", "switch", "video")
 
 VIDEOS = "videos"
@@ -79,13 +79,16 @@ def plan(study: Study, folder: pathlib.Path) -> list[Cell]:
     """Every cell of a study, all seeds of a condition after each other; opens checkpoints, loads nothing.
 
     Raises:
-      UserError: a checkpoint is missing, or a condition does not fit it.
+      UserError: a checkpoint is missing, a condition does not fit it, or checkpoints generate differently in
+        what the study does not vary.
     """
     opened = functools.cache(open_checkpoint)
+    conditions = study.conditions()
+    configs = [condition.resolve(opened(condition.checkpoint).config) for condition in conditions]
+    _check_alike(conditions, configs)
     cells = []
-    for condition in study.conditions():
+    for condition, config in zip(conditions, configs, strict=True):
         checkpoint = opened(condition.checkpoint)
-        config = condition.resolve(checkpoint.config)
         config.window.cache_frames(study.task.frames)
         blocks = study.task.frames // config.window.block_frames
         for name in study.metrics:
@@ -103,6 +106,21 @@ def plan(study: Study, folder: pathlib.Path) -> list[Cell]:
             file = store.file_of(folder, condition.label, key)
             cells.append(Cell(study, condition, seed, checkpoint, config, one, key, file))
     return cells
+
+
+def _check_alike(conditions: Sequence[Condition], configs: Sequence[PipelineConfig]) -> None:
+    """Refuses to compare checkpoints that differ in how they generate besides what the study varies."""
+    varied = {name for condition in conditions for name in condition.settings}
+    for section in _FREE:
+        for field in dataclasses.fields(getattr(configs[0], section)):
+            name = f"{section}.{field.name}"
+            values = [getattr(getattr(config, section), field.name) for config in configs]
+            other = next((i for i, value in enumerate(values) if value != values[0]), 0)
+            require(
+                other == 0 or name in varied,
+                f"checkpoints differ in {name}: {values[0]} ({conditions[0].label}), {values[other]} "
+                f"({conditions[other].label}); name one in the study's settings, or make it an axis",
+            )
 
 
 def cell_key(

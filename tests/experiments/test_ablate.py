@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import shutil
 
 import jax
 import numpy as np
@@ -285,6 +286,21 @@ def test_a_prompt_file_is_named_by_its_content(place):
     assert keys[0] == keys[2] != keys[1]
     with pytest.raises(UserError, match="holds 2 prompts; clips=3"):
         task.work(config, clips=3, seed=0)
+
+
+def test_checkpoints_that_generate_differently_are_compared_on_purpose_only(place, checkpoint_of):
+    one, other = checkpoint_of(0), shutil.copytree(checkpoint_of(1), place / "other")
+    file = other / "config.json"
+    file.write_text(file.read_text().replace('"keep_sink": false', '"keep_sink": true'))
+    both = {"grids": ({"checkpoint": (str(one), str(other))},)}
+    with pytest.raises(UserError, match=r"checkpoints differ in switch.keep_sink: False .*, True .*settings"):
+        cells.plan(small(**both), place)
+    assert len(cells.plan(small(**both, settings={"switch.keep_sink": False}), place)) == 6
+    apart = (
+        {"checkpoint": (str(one),), "keep_sink": (False,)},
+        {"checkpoint": (str(other),), "keep_sink": (True,)},
+    )
+    assert len(cells.plan(small(grids=apart), place)) == 6
 
 
 def test_cells_are_told_apart_by_all_they_depend_on(place, checkpoint_of):
