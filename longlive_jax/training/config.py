@@ -57,7 +57,7 @@ class RunConfig:
     export_every: int = 0
     keep_exports: bool = False
     micro_batches: int = 1
-    diverged_factor: float = 20.0
+    diverged_factor: float = 10.0
 
     def __post_init__(self) -> None:
         _at_least("run", self, steps=1, seed=0, log_every=1, eval_every=0, checkpoint_every=1, keep=1)

@@ -18,6 +18,7 @@ FREE = (
     "run.keep",
     "run.export_every",
     "run.keep_exports",
+    "run.diverged_factor",
     "data.threads",
     "data.prefetch",
     "flow.cache_folder",

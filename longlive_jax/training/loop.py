@@ -47,10 +47,10 @@ Resume = Literal["never", "auto"]
 """Whether a run that its folder already holds is continued, or refused."""
 
 HISTORY_STEPS = 200
-"""Steps the usual loss is the median of; a loss is not judged before there are as many."""
+"""Latest steps that the usual loss is the median of."""
 
 DIVERGED_STEPS = 50
-"""Steps in a row after which a loss that is too high ends the run."""
+"""Steps in a row after which too high a loss ends the run; none is judged before there are as many."""
 
 T = TypeVar("T")
 
@@ -329,7 +329,7 @@ class _Watch:
         loss = values.get("loss")
         if loss is None:
             return None
-        usual = statistics.median(self._recent) if len(self._recent) == self._recent.maxlen else None
+        usual = statistics.median(self._recent) if len(self._recent) >= DIVERGED_STEPS else None
         if usual is not None and loss > self._factor * abs(usual):
             self._high += 1
             if self._high >= DIVERGED_STEPS:

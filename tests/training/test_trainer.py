@@ -164,8 +164,9 @@ def test_numbers_that_are_not_finite_stop_the_run(base, tmp_path, monkeypatch):
     assert max(int(path.name) for path in (tmp_path / "run/checkpoints").iterdir()) == 2
 
 
-def test_a_loss_that_diverges_stops_the_run_and_is_not_saved(base, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "HISTORY_STEPS", 4)
+@pytest.mark.parametrize("history", [4, 200])  # 200: long before there are as many, as after a resumption
+def test_a_loss_that_diverges_stops_the_run_and_is_not_saved(base, tmp_path, monkeypatch, history):
+    monkeypatch.setattr(loop, "HISTORY_STEPS", history)
     monkeypatch.setattr(loop, "DIVERGED_STEPS", 3)
     train_step = text.train_step
 
