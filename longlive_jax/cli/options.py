@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from typing import Any, get_args
 
 from longlive_jax.cli.common import add_settings
-from longlive_jax.config import DType, PipelineConfig, RopeMode, SwitchPolicy
+from longlive_jax.config import DType, PipelineConfig, RopeMode, SwitchPolicy, even_steps
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference import story as stories_lib
+
+MOST_STEPS = 100
+"""A single number up to this is how many denoising steps; above it is a timestep."""
 
 # Options that stand for one setting of the config.
 _SETTINGS = {
@@ -44,11 +47,15 @@ def add_how(group: Any) -> None:
         "absolute with another rotary base for every head",
     )
     group.add_argument(
-        "--steps", metavar="T,T,...", help="denoising timesteps, falling, e.g. 1000,750,500,250"
+        "--steps",
+        type=_steps,
+        metavar="N",
+        help="denoising steps, evenly spread, or the timesteps themselves, falling: 4 is 1000,750,500,250",
     )
     group.add_argument(
         "--opening-steps",
-        metavar="T,T,...",
+        type=_steps,
+        metavar="N",
         help="those of the first block, which all others follow: more of them cost a little time once "
         "(default: as the others)",
     )
@@ -80,6 +87,12 @@ def add_how(group: Any) -> None:
         "--lora", action=boolean, help="use a LoRA that the checkpoint keeps apart (default: yes)"
     )
     add_settings(group)
+
+
+def _steps(word: str) -> Any:
+    """A number of evenly spread steps as timesteps; anything else is left for the config to read."""
+    is_number = word.isascii() and word.isdigit()
+    return even_steps(int(word)) if is_number and 0 < int(word) <= MOST_STEPS else word
 
 
 def add_machine(group: Any) -> None:
