@@ -180,6 +180,12 @@ def test_a_loss_that_diverges_stops_the_run_and_is_not_saved(base, tmp_path, mon
         stages.train(config, is_quiet=True)
 
 
+def test_a_base_that_is_not_there_is_named_with_what_makes_it(base, tmp_path):
+    with pytest.raises(UserError, match=r"base=.*absent is not there; run the stage .*base=toy"):
+        stages.train(smoke("text", tmp_path / "absent", tmp_path / "run"), is_quiet=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_nothing_is_compiled_after_the_first_steps(base, tmp_path):
     stages.train(smoke("text", base, tmp_path / "run", run__steps=8), is_quiet=True)
     lines = (tmp_path / "run" / metrics.METRICS_FILE).read_text().splitlines()
