@@ -170,11 +170,12 @@ def locate(checkpoint: PathLike) -> pathlib.Path:
     return bundled
 
 
-def open_checkpoint(path: PathLike) -> Checkpoint:
+def open_checkpoint(path: PathLike, *, field: str = "checkpoint") -> Checkpoint:
     """Opens a checkpoint directory; reads config.json only.
 
     Args:
       path: the directory, or the name of a bundled checkpoint (see `locate`).
+      field: the setting that names it, for errors.
 
     Raises:
       UserError: there is none, or it was written by something newer.
@@ -182,16 +183,17 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     path = locate(path)
     require(
         (path / CONFIG_FILE).is_file(),
-        f"checkpoint={path} is no checkpoint directory (no {CONFIG_FILE}); make one with `longlive convert`",
+        f"{field}={path} is no checkpoint directory (no {CONFIG_FILE}); make one with `longlive convert` or "
+        "`longlive train`, or name toy, the bundled model",
     )
     values = storage.read_json(path / CONFIG_FILE)
     require(
         values.get("format") == FORMAT,
-        f"checkpoint={path} is not in our format; convert it first with `longlive convert`",
+        f"{field}={path} is not in our format; convert it first with `longlive convert`",
     )
     require(
         values.get("version") == VERSION,
-        f"checkpoint={path} has version {values.get('version')}, not {VERSION}; convert it again",
+        f"{field}={path} has version {values.get('version')}, not {VERSION}; convert it again",
     )
     config = from_dict(PipelineConfig, values.get("config", {}), where="")
     return Checkpoint(path, config, _parts(path, values.get("parts", {})), values.get("source", {}))

@@ -226,7 +226,7 @@ def _request(arguments: argparse.Namespace, settings: dict[str, Any]) -> "Reques
         width=arguments.width or config.video.width,
         weights=arguments.weights or "auto",
         use_lora=arguments.lora is not False,
-        vae=None if arguments.vae is None else requests.open_checkpoint(arguments.vae),
+        vae=None if arguments.vae is None else requests.open_checkpoint(arguments.vae, field="--vae"),
     )
 
 

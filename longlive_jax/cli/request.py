@@ -93,7 +93,9 @@ def open_config(
     """
     checkpoint = open_checkpoint(path)
     config = config_dict.override(checkpoint.config, overrides)
-    return checkpoint, config if vae is None else configs.with_vae(config, open_checkpoint(vae).config, vae)
+    if vae is not None:
+        config = configs.with_vae(config, open_checkpoint(vae, field="--vae").config, vae)
+    return checkpoint, config
 
 
 def default_frames(config: PipelineConfig, *, frames: int | None, seconds: float | None) -> int:
@@ -178,7 +180,7 @@ def read_sidecar(path: str, *, checkpoint: str | None) -> tuple[Request, list[st
             config=resolved,
             overrides=overrides,
             stories=(story,),
-            vae=None if small is None else open_checkpoint(small),
+            vae=None if small is None else open_checkpoint(small, field="vae"),
             **{k: recorded[k] for k in ("frames", "seed", "height", "width", "weights", "use_lora")},
         )
         remarks = differences(values, fingerprints(opened, vae=request.vae), resolved)

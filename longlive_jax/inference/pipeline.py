@@ -166,7 +166,7 @@ class Pipeline:
         config = config_dict.override(opened.config, overrides or {})
         decoder = opened
         if vae is not None:
-            decoder = checkpoint_lib.open_checkpoint(vae)
+            decoder = checkpoint_lib.open_checkpoint(vae, field="vae")
             decoder.part_file("vae")
             config = config_lib.with_vae(config, decoder.config, str(decoder.path))
         part = parts.choose_weights(opened, weights)

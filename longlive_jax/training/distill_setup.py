@@ -190,7 +190,7 @@ _EXPORTED: Mapping[str, tuple[str, str]] = {
 
 
 def _load_teacher(config: DistillTraining, model: PipelineConfig) -> Params:
-    teacher = checkpoint.open_checkpoint(config.scores.teacher or config.base)
+    teacher = checkpoint.open_checkpoint(config.scores.teacher or config.base, field="scores.teacher")
     shaped = dataclasses.replace(model, transformer=config.teacher_transformer)
     return teacher.load("transformer", expect=expected_tree("transformer", shaped))
 
@@ -198,7 +198,8 @@ def _load_teacher(config: DistillTraining, model: PipelineConfig) -> Params:
 def _load_critic(config: DistillTraining, model: PipelineConfig, base: Checkpoint) -> Params:
     expected = expected_tree("transformer", model)
     if config.scores.critic:
-        return checkpoint.open_checkpoint(config.scores.critic).load("transformer", expect=expected)
+        opened = checkpoint.open_checkpoint(config.scores.critic, field="scores.critic")
+        return opened.load("transformer", expect=expected)
     if "critic" in base.parts:
         return lora.merge_stored(base, base.load("critic", expect=expected), name="critic_lora")
     if config.teacher_transformer != model.transformer:

@@ -31,7 +31,7 @@ import jax
 import numpy as np
 
 from longlive_jax import sharding, storage
-from longlive_jax.checkpoint import BUNDLED, open_checkpoint
+from longlive_jax.checkpoint import open_checkpoint
 from longlive_jax.errors import UserError, require
 from longlive_jax.training import metrics as metrics_lib
 from longlive_jax.training import processes
@@ -360,11 +360,6 @@ def check_base(config: Training, *parts: str) -> None:
     """Refuses a config whose `base` does not hold the parts the stage needs."""
     if not config.base:
         raise UserError(f"base is empty; name the checkpoint directory that holds {', '.join(parts)}")
-    require(
-        config.base in BUNDLED or pathlib.Path(config.base).is_dir(),
-        f"base={config.base} is not there; run the stage that writes it first, or name another checkpoint "
-        "directory (base=toy is the bundled model)",
-    )
-    opened = open_checkpoint(config.base)
+    opened = open_checkpoint(config.base, field="base")
     missing = [part for part in parts if part not in opened.parts]
     require(not missing, f"base={config.base} has no {', '.join(missing)}; train or convert it first")

@@ -1,5 +1,6 @@
 """`longlive generate`: files, sidecars, refusals before any weight is read, and interruption."""
 
+import argparse
 import json
 import os
 import pathlib
@@ -15,7 +16,7 @@ import pytest
 
 from longlive_jax import video
 from longlive_jax.cli import common, outputs
-from longlive_jax.cli.options import switch_frame
+from longlive_jax.cli.options import add_how, overrides, switch_frame
 from longlive_jax.config import preset
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
@@ -91,6 +92,16 @@ def test_a_sidecar_reproduces_its_video(longlive, tiny):
     # And the sidecar of the copy reproduces as well.
     assert longlive("generate", "--from", "b.json", "--out", "c.npy", "--quiet").status == 0
     np.testing.assert_array_equal(np.load("a.npy"), np.load("c.npy"))
+
+
+@pytest.mark.parametrize(
+    ("word", "steps"),
+    [("2", (1000, 500)), ("1", (1000,)), ("500", "500"), ("900,100", "900,100"), ("0", "0")],
+)
+def test_a_small_number_is_how_many_steps(word, steps):
+    parser = argparse.ArgumentParser()
+    add_how(parser)
+    assert overrides(parser.parse_args(["--steps", word])) == {"sampler.steps": steps}
 
 
 def test_a_sidecar_does_not_accept_other_weights(longlive, refused, tiny, tmp_path):

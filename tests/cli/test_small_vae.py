@@ -48,7 +48,7 @@ def test_a_small_autoencoder_decodes_and_is_recorded(longlive, tiny_checkpoint, 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("--vae", "absent"), "checkpoint=absent is no checkpoint directory (no config.json); make one with"),
+        (("--vae", "absent"), "--vae=absent is no checkpoint directory (no config.json); make one with"),
         (("--vae-tile", 8), "vae_tile=8 must be at least 16, or 0 for whole frames"),
     ],
 )

@@ -55,7 +55,7 @@ def found_by_the_scorer(folder, dimensions):
 def scorer(monkeypatch):
     """The scorer's own class and its official list; what its networks read videos with is not needed."""
     if importlib.util.find_spec("vbench") is None:
-        pytest.skip("vbench is not installed: pip install --no-deps vbench==0.1.5 (`make test` does)")
+        pytest.fail("vbench is not installed; `make test` does it: pip install --no-deps vbench==0.1.5")
     for name in ("decord", "torchvision", "torchvision.transforms"):
         monkeypatch.setitem(sys.modules, name, mock.MagicMock(__name__=name))
     package = importlib.import_module("vbench")

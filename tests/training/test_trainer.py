@@ -181,7 +181,9 @@ def test_a_loss_that_diverges_stops_the_run_and_is_not_saved(base, tmp_path, mon
 
 
 def test_a_base_that_is_not_there_is_named_with_what_makes_it(base, tmp_path):
-    with pytest.raises(UserError, match=r"base=.*absent is not there; run the stage .*base=toy"):
+    with pytest.raises(
+        UserError, match=r"base=.*absent is no checkpoint directory .*longlive train`, or name toy"
+    ):
         stages.train(smoke("text", tmp_path / "absent", tmp_path / "run"), is_quiet=True)
     assert not (tmp_path / "run").exists()
 
