@@ -2,6 +2,7 @@
 
 import importlib.util
 import pathlib
+import sys
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -43,9 +44,17 @@ def load_with_module(
         raise UserError(f"config={path} cannot be read ({type(error).__name__}: {error})") from error
     require(
         isinstance(config, expected),
-        f"config={path}: get_config() must return a {expected.__module__}.{expected.__name__}",
+        f"config={path}: get_config() must return a {public_module(expected)}.{expected.__name__}",
     )
     return config, module
+
+
+def public_module(cls: type[Any]) -> str:
+    """The module to import a class from: of those it is defined in or handed on by, the outermost."""
+    module = cls.__module__
+    while (outer := module.rpartition(".")[0]) and getattr(sys.modules[outer], cls.__name__, None) is cls:
+        module = outer
+    return module
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

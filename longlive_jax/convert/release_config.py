@@ -11,7 +11,7 @@ from typing import Any
 
 from longlive_jax.config import preset
 from longlive_jax.config_dict import override
-from longlive_jax.config_module import flatten
+from longlive_jax.config_module import flatten, public_module
 from longlive_jax.errors import UserError, require
 from longlive_jax.inference.generation import Generation
 from longlive_jax.training.config import InitTraining, LongTraining, PromptsConfig, RunConfig, Training
@@ -357,7 +357,7 @@ def _source(value: Any, names: set[tuple[str, str]], *, indent: int) -> str:
             return 'preset("wan_1_3b")'
         if type(value).__name__ == "PipelineConfig":
             return _overridden(value, names, indent=indent)
-        names.add((type(value).__module__, type(value).__name__))
+        names.add((public_module(type(value)), type(value).__name__))
         entries = [
             f"{field.name}={_source(getattr(value, field.name), names, indent=indent + 4)}"
             for field in dataclasses.fields(value)

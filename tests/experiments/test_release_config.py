@@ -185,6 +185,8 @@ def test_the_file_that_import_writes_is_the_config(values, tmp_path):
     file = tmp_path / "c.py"
     file.write_text(release_config.to_source(config, title="Title."))
     assert config_module.load(file, type(config), example="") == config
+    modules = {line.split()[1] for line in file.read_text().splitlines() if line.startswith("from ")}
+    assert not any(module.startswith("longlive_jax.training.config.") for module in modules), modules
 
 
 @pytest.mark.parametrize(
