@@ -9,7 +9,7 @@ batch, and `.mp_prefetch(...)` moves the rendering to other processes where thre
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import grain
 import numpy as np
@@ -25,6 +25,7 @@ Tokenizer = Callable[[list[str]], np.ndarray]
 Batch = dict[str, np.ndarray]
 
 _SWITCH_STREAM = 1  # keeps a pair's switch independent of its scene: (seed, index, 1) against (seed, index)
+_STORY_STREAM = 2  # and whether and when a clip switches independent of both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,14 +97,11 @@ class _PromptPairs:
 
     def __call__(self, indices: np.ndarray) -> Batch:
         batch = self.prompts(indices)
-        codes, templates = [], []
-        for index, before in zip(indices, batch["attributes"], strict=True):
-            stream = generator(self.prompts.seed, int(index), _SWITCH_STREAM)
-            codes.append(sample_switch(before, stream=stream, split=self.prompts.split))
-            templates.append(stream.integers(TEMPLATE_COUNT))
-        after = describe_codes(np.array(codes), np.array(templates))
-        switched = {"switch_attributes": np.array(codes)}
-        return batch | switched | {"switch_caption": np.array(after)}
+        codes, templates = switches(
+            batch["attributes"], seed=self.prompts.seed, indices=indices, split=self.prompts.split
+        )
+        after = describe_codes(codes, templates)
+        return batch | {"switch_attributes": codes, "switch_caption": np.array(after)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +152,46 @@ def prompts(
 ) -> grain.IterDataset[Batch]:
     """Endless batches of captions without video, as `clips`: what distillation trains on."""
     return stream(config, shard, _Prompts(world, config.seed, config.split, tokenizer))
+
+
+def switches(
+    codes: np.ndarray, *, seed: int, indices: Sequence[int] | np.ndarray, split: Split
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws what to switch to: 1 to 4 other attributes, each number equally often.
+
+    Args:
+      codes: attributes before, int [B, 4].
+      seed: names the data set.
+      indices: of the clips, [B]; row i depends on `seed`, `indices[i]` and row i of the codes only.
+      split: which combinations to draw from.
+
+    Returns:
+      Attributes after, int32 [B, 4], and the phrasing of their caption, int [B].
+    """
+    after, templates = [], []
+    for index, before in zip(indices, codes, strict=True):
+        stream = generator(seed, int(index), _SWITCH_STREAM)
+        after.append(sample_switch(before, stream=stream, split=split))
+        templates.append(stream.integers(TEMPLATE_COUNT))
+    return np.array(after), np.array(templates)
+
+
+def switch_places(
+    choices: Sequence[int], *, share: float, seed: int, indices: Sequence[int] | np.ndarray
+) -> np.ndarray:
+    """Draws where clips switch, int32 [B]: one of the choices in a share of them, 0 (nowhere) in the others.
+
+    Args:
+      choices: positive integers.
+      share: of the clips that switch, in [0, 1].
+      seed: names the data set.
+      indices: of the clips, [B].
+    """
+    places = []
+    for index in indices:
+        stream = generator(seed, int(index), _STORY_STREAM)
+        places.append(stream.choice(choices) if stream.random() < share else 0)
+    return np.array(places, np.int32)
 
 
 def prompt_maker(

@@ -119,7 +119,16 @@ def encoded_clips(config: FlowTraining, frozen: Frozen) -> StoredClips:
         frames=config.flow.encoded_frames or config.data.frames,
         folder=_cache_folder(config),
         fingerprint=checkpoint.open_checkpoint(config.base).fingerprint("vae"),
+        switches=_switches(config),
     )
+
+
+def _switches(config: FlowTraining) -> worlds.Switches | None:
+    """Which clips switch: at the first frame of every block but the first, equally often."""
+    block = config.model.window.block_frames
+    if not config.flow.switch_share:
+        return None
+    return worlds.Switches(config.flow.switch_share, tuple(range(block, config.data.frames, block)))
 
 
 def trajectories(config: FlowTraining, frozen: Frozen) -> StoredClips:
@@ -252,7 +261,12 @@ def task_of(
     """Flow matching for a batch of `encoded_clips`, ODE regression for one of `trajectories`."""
     if trajectories_lib.NAME in batch:
         return _regression(generator, level_key, batch[trajectories_lib.NAME])
-    return _matching(config, generator, batch[latents_lib.NAME], level_key=level_key, noise_key=noise_key)
+    task = _matching(config, generator, batch[latents_lib.NAME], level_key=level_key, noise_key=noise_key)
+    if "begin" not in batch:
+        return task
+    counts = jnp.arange(task.sigma.shape[1]) >= batch["begin"][:, None]  # [B, F]
+    weight = counts / jnp.mean(counts, axis=1, keepdims=True)
+    return dataclasses.replace(task, weight=weight[:, :, None, None, None])
 
 
 def _matching(

@@ -9,9 +9,11 @@ import jax
 import numpy as np
 
 from longlive_jax import toy
+from longlive_jax.config import VAEConfig
 from longlive_jax.config_dict import to_dict
 from longlive_jax.models.vae import WanVAE
 from longlive_jax.training import stored
+from longlive_jax.training import world as worlds
 from longlive_jax.training.config import ClipsConfig
 from longlive_jax.training.stored import StoredClips
 from longlive_jax.types import Array, Params
@@ -30,6 +32,7 @@ def encode_clips(
     frames: int,
     folder: pathlib.Path,
     fingerprint: str,
+    switches: worlds.Switches | None = None,
 ) -> StoredClips:
     """Encodes the clips that are not on disk yet; rows are "latents" `[B, F, h, w, C]`.
 
@@ -41,22 +44,44 @@ def encode_clips(
       frames: latent frames to encode of each; the VAE is causal, so that shorter clips are their beginnings.
       folder: shared by all processes.
       fingerprint: identifies the VAE's weights.
+      switches: which of them switch their attributes, and where.
     """
-    key = stored.digest(
-        {
-            "vae": [fingerprint, to_dict(vae.config), str(vae.dtype)],
-            "world": dataclasses.asdict(world),
-            "clips": [clips.seed, clips.split, frames],
-        }
-    )
+    content = {
+        "vae": [fingerprint, to_dict(vae.config), str(vae.dtype)],
+        "world": dataclasses.asdict(world),
+        "clips": [clips.seed, clips.split, frames],
+    }
+    if switches is not None:
+        content["switches"] = dataclasses.astuple(switches)
     video_frames = vae.config.video_frames(frames)
 
-    def make(_: np.ndarray, scenes: toy.Scenes) -> np.ndarray:
-        return np.asarray(_encode(vae, params, toy.render(world, scenes, frames=video_frames)))
+    def make(indices: np.ndarray, scenes: toy.Scenes) -> np.ndarray:
+        if switches is None:
+            video = toy.render(world, scenes, frames=video_frames)
+        else:
+            endings = switches.of(clips, indices, scenes)
+            video = _render(world, scenes, endings, vae.config, frames=video_frames)
+        return np.asarray(_encode(vae, params, video))
 
-    return StoredClips(folder / f"{frames}-{key}", world, clips, NAME).complete(
+    return StoredClips(folder / f"{frames}-{stored.digest(content)}", world, clips, NAME, switches).complete(
         make, together=_ENCODED_TOGETHER
     )
+
+
+def _render(
+    world: toy.World, scenes: toy.Scenes, endings: worlds.Endings, vae: VAEConfig, *, frames: int
+) -> np.ndarray:
+    """Clips `[B, V, Y, X, 3]` that change to their endings; all else continues."""
+    videos = []
+    for row, begin in enumerate(endings.begin):
+        scene = scenes[row : row + 1]
+        starts: tuple[int, ...] = (0,)
+        codes = scene.codes[:, None]
+        if begin:
+            starts = (0, vae.video_frames(int(begin)))
+            codes = np.stack([scene.codes, endings.codes[row : row + 1]], axis=1)
+        videos.append(toy.render_story(world, scene, toy.Story(starts, codes), frames=frames))
+    return np.concatenate(videos)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -43,22 +43,31 @@ class StoredClips:
       world: of the clips.
       clips: which clips, how many, how much of each is used.
       name: of the arrays in a batch.
+      switches: which of them switch their attributes, and where; None for none.
     """
 
     folder: pathlib.Path
     world: toy.World
     clips: ClipsConfig
     name: str
+    switches: worlds.Switches | None = None
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """`{name: float32 [B, F, ...], "caption": int32 [B], rows of world.caption_table()}`."""
+        """A batch of clips.
+
+        Returns:
+          `{name: float32 [B, F, ...], "caption": int32 [B], rows of world.caption_table()}`. Where clips
+          switch, the caption is that of the last attributes and "begin", int32 [B], the frame from which on
+          they hold.
+        """
         used = slice(self.clips.frames)
         found = [_shard(self.folder, int(i) // SHARD_CLIPS)[int(i) % SHARD_CLIPS, used] for i in indices]
         scenes = self.scenes(indices)
-        return {
-            self.name: np.stack(found).astype(np.float32),
-            "caption": worlds.caption_rows(scenes.codes, scenes.template),
-        }
+        batch = {self.name: np.stack(found).astype(np.float32)}
+        if self.switches is None:
+            return batch | {"caption": worlds.caption_rows(scenes.codes, scenes.template)}
+        ends = self.switches.of(self.clips, indices, scenes)
+        return batch | {"caption": worlds.caption_rows(ends.codes, ends.template), "begin": ends.begin}
 
     def batches(self, shard: ShardOptions) -> "grain.IterDataset[dict[str, np.ndarray]]":
         """Endless batches; see `toy.data.stream`."""

@@ -1,5 +1,8 @@
 """What the stages share that knows the toy world: its size, its clips, and the score of a video."""
 
+import dataclasses
+from typing import NamedTuple
+
 import jax
 import numpy as np
 from grain.sharding import ShardOptions
@@ -39,6 +42,44 @@ def stream_config(clips: ClipsConfig) -> data.DataConfig:
         threads=clips.threads,
         prefetch=clips.prefetch,
     )
+
+
+class Endings(NamedTuple):
+    """What clips end with.
+
+    Attributes:
+      codes: attributes, int32 `[B, 4]`.
+      template: phrasing of their caption, int `[B]`.
+      begin: latent frame from which on they hold, int32 `[B]`; 0 in clips that do not switch.
+    """
+
+    codes: np.ndarray
+    template: np.ndarray
+    begin: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Switches:
+    """Which clips of a data set switch to other attributes, and where.
+
+    Attributes:
+      share: of the clips, in (0, 1].
+      frames: latent frames that may be the first with the new attributes.
+    """
+
+    share: float
+    frames: tuple[int, ...]
+
+    def of(self, clips: ClipsConfig, indices: np.ndarray, scenes: toy.Scenes) -> Endings:
+        """What the clips `[B]`, which begin with `scenes`, end with."""
+        begin = data.switch_places(self.frames, share=self.share, seed=clips.seed, indices=indices)
+        codes, template = data.switches(scenes.codes, seed=clips.seed, indices=indices, split=clips.split)
+        switched = begin > 0
+        return Endings(
+            np.where(switched[:, None], codes, scenes.codes),
+            np.where(switched, template, scenes.template),
+            begin,
+        )
 
 
 def shard() -> ShardOptions:

@@ -9,7 +9,7 @@ import pytest
 
 from longlive_jax.errors import UserError
 from longlive_jax.toy import World, combinations, parse, read
-from longlive_jax.toy.data import DataConfig, _Clips, clips, prompt_maker, prompts, stream
+from longlive_jax.toy.data import DataConfig, _Clips, clips, prompt_maker, prompts, stream, switch_places
 
 WORLD = World()
 CONFIG = DataConfig(batch_size=4, seed=7, examples=1000)
@@ -109,6 +109,19 @@ def test_pairs_differ_in_one_to_four_attributes():
         after = np.array([parse(str(text)).codes for text in batch["switch_caption"]])
         np.testing.assert_array_equal(after, batch["switch_attributes"])
         assert len(after) == len(batch["caption"]) == 100
+
+
+def test_clips_switch_as_often_as_asked_for_and_where():
+    indices = np.arange(2000)
+    places = switch_places((3, 6), share=0.25, seed=7, indices=indices)
+    assert set(places) == {0, 3, 6}
+    assert np.mean(places > 0) == pytest.approx(0.25, abs=0.03)
+    assert np.mean(places == 3) == pytest.approx(0.125, abs=0.03)
+    # Each clip's place is its own, whatever else is drawn.
+    np.testing.assert_array_equal(
+        switch_places((3, 6), share=0.25, seed=7, indices=indices[9:12]), places[9:12]
+    )
+    assert (switch_places((3, 6), share=1.0, seed=7, indices=indices[:50]) > 0).all()
 
 
 def test_making_a_batch_can_move_to_another_process():

@@ -5,9 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from longlive_jax import sharding
+from longlive_jax import sharding, toy
 from longlive_jax.cache import BlockKV
+from longlive_jax.errors import UserError
+from longlive_jax.inference.parts import vae_of
 from longlive_jax.training import flow
+from longlive_jax.training import world as worlds
 from tests.training._runs import only_one_device, smoke
 
 
@@ -100,3 +103,74 @@ def test_the_transformer_is_told_the_noise_of_what_it_sees(
     if share:
         apart = round(len(seen["whole"]) * share)
         assert shared(np.asarray(seen["whole"])) == [FRAMES] * apart + [CLIP] * (len(seen["whole"]) - apart)
+
+
+def loaded(config):
+    with only_one_device():
+        return flow.load_frozen(config, sharding.make_mesh(data=1, fsdp=1))
+
+
+@pytest.mark.usefixtures("fast_programs")
+def test_clips_that_switch_go_by_the_caption_of_their_end(base, tmp_path):
+    """And show it from "begin" on, the other attributes before; the others are the clips they always were."""
+    usual = smoke("teacher", base, tmp_path / "run")
+    config = smoke("teacher", base, tmp_path / "run", flow__switch_share=0.5)
+    frozen = loaded(config)
+    clips, plain = flow.encoded_clips(config, frozen), flow.encoded_clips(usual, frozen)
+    assert clips.folder != plain.folder
+    rows = np.arange(8)
+    found, before, scenes = clips.rows(rows), plain.rows(rows), clips.scenes(rows)
+    begin = found["begin"]
+    assert set(begin) == {0, 3}  # a clip of two blocks switches at the second, or nowhere
+    whole = begin == 0
+    for name in ("latents", "caption"):
+        np.testing.assert_array_equal(found[name][whole], before[name][whole])
+    assert (found["caption"][~whole] != before["caption"][~whole]).all()
+    np.testing.assert_array_equal(found["latents"][~whole, :3], before["latents"][~whole, :3])
+
+    # What is shown after the switch is what the caption says.
+    ends = clips.switches.of(clips.clips, rows, scenes)
+    np.testing.assert_array_equal(found["caption"], worlds.caption_rows(ends.codes, ends.template))
+    world, vae = worlds.world_of(frozen.model), vae_of(frozen.model)
+    row = int(np.flatnonzero(~whole)[0])
+    first, last = vae.config.video_frames(3), vae.config.video_frames(6)
+    story = toy.Story(starts=(0, first), codes=np.stack([scenes.codes, ends.codes], axis=1)[row : row + 1])
+    video = toy.render_story(world, scenes[row : row + 1], story, frames=last)
+    encoded = vae.apply({"params": frozen.vae_params}, video, method="encode")
+    np.testing.assert_allclose(found["latents"][row], encoded[0], atol=2e-3)  # kept in float16
+    if world.height == toy.World().height:
+        shown = toy.read(world, video).codes[0]
+        assert (shown[first:] == ends.codes[row]).all()
+
+
+@pytest.mark.parametrize("causal_share", [0.0, 1.0])
+@pytest.mark.usefixtures("fast_programs")
+def test_frames_before_a_switch_are_seen_and_not_learned(causal_share, base, tmp_path, monkeypatch):
+    config = smoke("teacher", base, tmp_path / "run", flow__causal_share=causal_share, flow__switch_share=1.0)
+    frozen = loaded(config)
+    off = jnp.zeros((4, 6, 1, 1, 1)).at[:, :3].set(1.0)
+
+    def velocity(generator, params, noisy, sigma, text, context):
+        """Right about latents that are ones, but for an error in the first block."""
+        wide = sigma[:, :, None, None, None]
+        return (noisy - (1 - wide)) / wide - 1 + off
+
+    monkeypatch.setattr(flow, "velocity", velocity)
+    monkeypatch.setattr(flow, "clean_pass", lambda *_: BlockKV(None, None))
+    batch = {"latents": jnp.ones((4, 6, *frozen.latent_shape)), "caption": jnp.zeros(4, jnp.int32)}
+
+    def loss(begin):
+        given = batch | {"begin": jnp.asarray(begin, jnp.int32)}
+        return float(
+            flow.loss_fn(config, frozen.generator, frozen.captions, frozen.start, given, jax.random.key(0))[0]
+        )
+
+    assert loss([3, 3, 3, 3]) < 1e-6
+    # A clip counts the same wherever it switches: the error is in half of the frames of the others.
+    assert loss([0, 0, 3, 3]) == pytest.approx(0.25, rel=1e-4)
+    assert loss([0, 0, 0, 0]) == pytest.approx(0.5, rel=1e-4)
+
+
+def test_clips_of_one_block_cannot_switch(base, tmp_path):
+    with pytest.raises(UserError, match=r"data\.frames=3 .*flow\.switch_share"):
+        smoke("teacher", base, tmp_path / "run", data__frames=3, flow__switch_share=0.5)

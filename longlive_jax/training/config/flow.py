@@ -26,6 +26,9 @@ class FlowConfig:
       guidance: scale of their guidance; 1 is none.
       encoded_frames: latent frames that are encoded per clip, of which the first `data.frames` are used, so
         that stages with clips of different lengths share them; 0 encodes what is used.
+      switch_share: share of the clips in which other attributes begin at some later block. They go by the
+        caption of these; the frames before are seen and not learned, as those before a prompt switch are at
+        inference.
       cache_folder: where encoded clips are kept; "" puts them beside the run's folder.
     """
 
@@ -38,11 +41,12 @@ class FlowConfig:
     sample_steps: int = 20
     guidance: float = 1.0
     encoded_frames: int = 0
+    switch_share: float = 0.0
     cache_folder: str = ""
 
     def __post_init__(self) -> None:
         require(self.shift > 0, f"flow.shift={self.shift} must be positive")
-        for name in ("text_dropout", "causal_share", "past_noise", "frame_levels"):
+        for name in ("text_dropout", "causal_share", "past_noise", "frame_levels", "switch_share"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"flow.{name}={value} must be in [0, 1]")
         at_least("flow", self, sample_steps=1, guidance=0, encoded_frames=0)
@@ -73,6 +77,7 @@ class CausalFlowConfig(FlowConfig):
                 ("causal_share", 1, "the student is causal"),
                 ("text_dropout", 0, "a trajectory belongs to its prompt"),
                 ("encoded_frames", 0, "a trajectory has data.frames frames"),
+                ("switch_share", 0, "a trajectory has one prompt"),
             ):
                 value = getattr(self, name)
                 require(value == wanted, f"flow.{name}={value} must be {wanted} with flow.method=ode: {why}")
@@ -109,6 +114,11 @@ class FlowTraining(Training):
         require(
             causal == 0 or self.data.frames % block == 0,
             f"data.frames={self.data.frames} must be a multiple of model.window.block_frames={block}",
+        )
+        require(
+            self.flow.switch_share == 0 or self.data.frames > block,
+            f"data.frames={self.data.frames} must be more than model.window.block_frames={block} for clips "
+            "that switch (flow.switch_share)",
         )
 
 
