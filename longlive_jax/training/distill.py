@@ -29,7 +29,7 @@ from longlive_jax.models.vae import WanVAE
 from longlive_jax.training import losses
 from longlive_jax.training import state as states
 from longlive_jax.training.config import DistillTraining, LongTraining
-from longlive_jax.training.losses import ScoreFn
+from longlive_jax.training.losses import DMDConfig, ScoreFn
 from longlive_jax.training.rollout import Rollout, SelfForcing, Sequence, Switch, draw_exit_steps
 from longlive_jax.training.state import Metrics, TrainState
 from longlive_jax.training.streaming import Streaming
@@ -277,6 +277,7 @@ def _generator_loss(
         teacher=score(distillation.teacher, given.teacher, rollout.text),
         teacher_uncond=score(distillation.teacher, given.teacher, negative),
         mask=mask,
+        weight=_frame_weights(distillation.config.dmd, rollout, clip.shape[1]),
     )
     return loss, {
         "dmd_gradient": jnp.mean(jnp.abs(report.gradient)),
@@ -284,6 +285,14 @@ def _generator_loss(
         "exit_step": jnp.mean(rollout.exit_steps.astype(jnp.float32)),
         "clip_std": jnp.std(jax.lax.stop_gradient(latents)),
     }
+
+
+def _frame_weights(dmd: DMDConfig, rollout: Rollout, frames: int) -> Array | None:
+    """How much the frames `[F]` of a clip, the last of which are the rollout's, count for the generator."""
+    if dmd.opening_weight == 1:
+        return None
+    opens = jnp.pad(rollout.opens, (frames - rollout.opens.shape[0], 0))
+    return jnp.where(opens, dmd.opening_weight, 1.0)
 
 
 def _critic_loss(

@@ -36,6 +36,9 @@ class DMDConfig:
         velocity into x0. The release leaves it at 8 beside a shift of 5, so the sigmas differ a little.
       min_timestep: lowest timestep the teacher and critic are asked at.
       max_timestep: highest.
+      opening_weight: weight of the block that opens a video, and of the first under a new prompt, in the
+        generator's loss; that of all others is 1. They have no past to follow, and what goes wrong in them
+        stays.
       critic_flow: "rescaled" compares the flow the release gets by way of x0, velocity times
         sigma(score_shift) / sigma(shift); "plain" compares the critic's velocity itself. The same where
         both shifts are equal.
@@ -46,11 +49,13 @@ class DMDConfig:
     score_shift: float = 8.0
     min_timestep: float = 20.0
     max_timestep: float = 980.0
+    opening_weight: float = 1.0
     critic_flow: CriticFlow = "rescaled"
 
     def __post_init__(self) -> None:
         require(self.shift > 0, f"dmd.shift={self.shift} must be positive")
         require(self.score_shift > 0, f"dmd.score_shift={self.score_shift} must be positive")
+        require(self.opening_weight >= 0, f"dmd.opening_weight={self.opening_weight} must be 0 or more")
         require(
             0 <= self.min_timestep <= self.max_timestep <= NUM_TIMESTEPS,
             f"dmd.min_timestep={self.min_timestep} and max_timestep={self.max_timestep} must rise within "
@@ -118,6 +123,7 @@ def dmd_loss(
     teacher: ScoreFn,
     teacher_uncond: ScoreFn,
     mask: Array | None = None,
+    weight: Array | None = None,
 ) -> tuple[Array, DMDReport]:
     """Distribution matching loss of generated clips; its gradient moves them towards the teacher.
 
@@ -133,6 +139,7 @@ def dmd_loss(
       teacher: score of the true distribution, under the prompt.
       teacher_uncond: the same under the negative prompt.
       mask: bool `[F]` or `[B, F]`, the frames that count. The normaliser is over all frames.
+      weight: float `[F]` or `[B, F]`, how much they count; None for the same.
 
     Returns:
       float32 scalar, and the report.
@@ -149,7 +156,7 @@ def dmd_loss(
     report = jax.lax.stop_gradient(report)
     # clip - fixed is exactly zero, so this is mse(clip, fixed - gradient) without its rounding.
     residual = clip.astype(jnp.float32) - fixed + report.gradient
-    return 0.5 * _mean(jnp.square(residual), mask), report
+    return 0.5 * _mean(jnp.square(residual), mask, weight), report
 
 
 def dmd_gradient(clip: Array, *, fake: Array, real: Array) -> DMDReport:
@@ -186,10 +193,13 @@ def critic_loss(
     return flow_matching_loss(flow, clip, noise, mask=mask)
 
 
-def _mean(error: Array, mask: Array | None) -> Array:
-    """Mean over `[B, F, h, w, C]`, of the frames in `mask` alone."""
-    if mask is None:
+def _mean(error: Array, mask: Array | None, weight: Array | None = None) -> Array:
+    """Mean over `[B, F, h, w, C]`, of the frames in `mask` alone, some with more weight than others."""
+    if mask is None and weight is None:
         return jnp.mean(error)
     per_frame = jnp.mean(error, axis=(2, 3, 4))  # [B, F]
-    chosen = jnp.broadcast_to(mask, per_frame.shape)
-    return jnp.sum(jnp.where(chosen, per_frame, 0.0)) / jnp.sum(chosen)
+    chosen = jnp.broadcast_to(True if mask is None else mask, per_frame.shape)
+    if weight is None:
+        return jnp.sum(jnp.where(chosen, per_frame, 0.0)) / jnp.sum(chosen)
+    share = jnp.where(chosen, weight, 0.0)
+    return jnp.sum(jnp.where(chosen, per_frame, 0.0) * share) / jnp.sum(share)

@@ -88,6 +88,7 @@ class Rollout:
       first: int32 scalar, position of the first new frame.
       text: `[B, M, text_dim]`, the prompt the whole clip is judged by: that of its last block.
       graded: bool `[F]`; False before a switch within the clip.
+      opens: bool `[F]`; the block that opens the sequence, or is the first with a new prompt.
       exit_inputs: `[B, F, h, w, C]`, noisy input of every block's exit step.
       exit_steps: int32 `[F]`.
       kept: `[L, B, A + F, P, N, H]` keys and values as the cache held them, A frames from before the
@@ -99,6 +100,7 @@ class Rollout:
     first: Array
     text: Array
     graded: Array
+    opens: Array
     exit_inputs: Array
     exit_steps: Array
     kept: BlockKV | None
@@ -216,13 +218,14 @@ class SelfForcing:
         after = dataclasses.replace(
             sequence, cache=carry.cache, history=carry.history, frame=first + blocks * block
         )
-        text, graded = _judged_by(sequence, blocks=blocks, block=block)
+        text, graded, opens = _judged_by(sequence, blocks=blocks, block=block)
         return after, Rollout(
             latents=_joined(latents),
             before=sequence.history,
             first=first,
             text=text,
             graded=graded,
+            opens=opens,
             exit_inputs=_joined(inputs),
             exit_steps=jnp.repeat(exit_steps, block),
             kept=carry.kept,
@@ -374,14 +377,17 @@ class _Given:
         return jax.tree.map(lambda new, old: jnp.where(switched, new, old), self.after, self.before)
 
 
-def _judged_by(sequence: Sequence, *, blocks: int, block: int) -> tuple[Array, Array]:
-    """The prompt of the next clip as a whole, and which of its frames carry gradient."""
+def _judged_by(sequence: Sequence, *, blocks: int, block: int) -> tuple[Array, Array, Array]:
+    """The prompt of the next clip as a whole, which of its frames carry gradient, which are `opens`."""
     starts = sequence.frame + block * jnp.arange(blocks, dtype=jnp.int32)
+    opens = starts == 0
     if sequence.switch is None:
-        return sequence.text, jnp.ones(blocks * block, bool)
-    switched = starts >= sequence.switch.frame  # [blocks], at the end all or, if none, not yet
+        return sequence.text, jnp.ones(blocks * block, bool), jnp.repeat(opens, block)
+    frame = sequence.switch.frame
+    switched = starts >= frame  # [blocks], at the end all or, if none, not yet
     text = jnp.where(switched[-1], sequence.switch.text, sequence.text)
-    return text, jnp.repeat(switched | ~switched[-1], block)
+    opens |= switched & (starts < frame + block)
+    return text, jnp.repeat(switched | ~switched[-1], block), jnp.repeat(opens, block)
 
 
 def _timeline(cache: KVCache, frames: int, *, opening: bool) -> BlockKV:

@@ -120,3 +120,35 @@ def test_settings_that_make_no_sense_are_refused():
         DMDConfig(min_timestep=990)
     with pytest.raises(UserError, match=r"score_shift=0"):
         DMDConfig(score_shift=0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_frames_count_for_the_generator_by_their_weight(masked):
+    """Weight 3 on a frame is that frame three times; a masked frame stays out whatever its weight."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    clip, noise = (jax.random.normal(key, (2, 4, 2, 2, 3)) for key in keys[:2])
+    mask = jnp.array([False, True, True, True]) if masked else None
+    timesteps = jnp.array([500.0, 900.0])
+
+    def score_of(scale):
+        return lambda noisy, timesteps: scale * noisy
+
+    def found(weight):
+        scores = {"critic": score_of(0.3), "teacher": score_of(0.8), "teacher_uncond": score_of(0.5)}
+
+        def loss(clip):
+            config = DMDConfig()
+            return losses.dmd_loss(config, clip, timesteps, noise, **scores, mask=mask, weight=weight)[0]
+
+        value, gradient = jax.value_and_grad(loss)(clip)
+        return float(value), np.asarray(gradient)
+
+    plain, plain_gradient = found(None)
+    same, same_gradient = found(jnp.ones(4))
+    assert same == pytest.approx(plain, rel=1e-6)
+    np.testing.assert_allclose(same_gradient, plain_gradient, rtol=1e-6, atol=1e-9)
+    value, gradient = found(jnp.array([5.0, 3.0, 1.0, 1.0]))
+    total, count = (5.0, 3) if masked else (10.0, 4)
+    shares = np.array([0.0 if masked else 5.0, 3.0, 1.0, 1.0]) * count / total
+    np.testing.assert_allclose(gradient, plain_gradient * shares[:, None, None, None], rtol=1e-5, atol=1e-9)
+    assert value != pytest.approx(plain, rel=1e-3)

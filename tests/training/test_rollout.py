@@ -200,6 +200,29 @@ def test_the_clip_is_judged_by_the_prompt_of_its_last_block():
         assert rollout.graded.tolist() == [False] * (6 - graded) + [True] * graded
 
 
+@pytest.mark.parametrize(
+    ("switch_frame", "first", "second"),
+    [
+        (NEVER, [0, 1], []),
+        (8, [0, 1], [8, 9]),
+        (9, [0, 1], [10, 11]),  # the first block at or after it
+        (12, [0, 1], [12, 13]),
+        (4, [0, 1, 4, 5], []),
+    ],
+)
+def test_blocks_that_open_a_video_or_follow_a_switch(switch_frame, first, second):
+    streaming, sequence = begin(switch_frame=switch_frame)
+    for count, expected in ((8, first), (6, second)):
+        start = int(sequence.frame)
+        sequence, rollout = advance(
+            streaming, params(), sequence, jnp.zeros(count // 2, jnp.int32), new_frames=count
+        )
+        assert (start + np.flatnonzero(rollout.opens)).tolist() == expected
+    unswitched = dataclasses.replace(begin()[1], switch=None)
+    _, rollout = advance(streaming, params(), unswitched, jnp.zeros(4, jnp.int32), new_frames=8)
+    assert np.flatnonzero(rollout.opens).tolist() == [0, 1]
+
+
 def test_samples_of_a_batch_do_not_mix():
     streaming, sequence = begin(switch_frame=4)
     _, alone = begin(switch_frame=4, batch=1)
