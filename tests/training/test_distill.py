@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import json
 import signal
+import types
 
 import jax
 import jax.extend
@@ -16,7 +17,7 @@ from longlive_jax.config import preset
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.models.transformer import Transformer, init_params
-from longlive_jax.training import distill, metrics, stages
+from longlive_jax.training import distill, losses, metrics, stages
 from longlive_jax.training import distill_setup as setups
 from longlive_jax.training.distill import CRITIC, GENERATOR
 from longlive_jax.training.loop import Interrupted
@@ -257,9 +258,38 @@ def test_operations_of_a_forward_pass_are_those_the_compiler_counts():
     assert distill.forward_flops(model, tokens) + text == pytest.approx(counted, rel=0.1)
 
 
+@pytest.mark.parametrize("new_frames", [None, 6])
+def test_opening_blocks_count_for_more_where_asked_for(new_frames, base, tmp_path, monkeypatch):
+    """What the loss is given: the weight on the first block of the frames that a clip adds (traced alone)."""
+    given = {}
+
+    def dmd_loss(dmd, clip, *_, weight=None, **__):
+        given[dmd.opening_weight] = weight
+        return jnp.sum(clip), losses.DMDReport(clip, clip)
+
+    monkeypatch.setattr(losses, "dmd_loss", dmd_loss)
+    for weight in (1.0, 6.0):
+        stage = "init" if new_frames is None else "long"
+        config = config_of(stage, base, tmp_path / "run", dmd__opening_weight=weight)
+        setup, state = prepared(config)
+        if new_frames is None:
+            step, rest = functools.partial(distill.train, setup.distillation, GENERATOR), (text_of(config),)
+        else:
+            step, rest = functools.partial(distill.train_long, setup.distillation, GENERATOR), ()
+            step = functools.partial(step, new_frames=new_frames)
+        jax.eval_shape(step, state, setup.given, *rest)
+    assert given[1.0] is None
+    assert given[6.0].shape == (config.rollout.clip_frames,)
+    rollout = types.SimpleNamespace(opens=jnp.array([True, True, False, False]))
+    weights = distill._frame_weights(config.dmd, rollout, frames=6)
+    np.testing.assert_array_equal(weights, [1, 1, 6, 6, 1, 1])
+
+
 def test_what_does_not_fit_is_refused(base, tmp_path):
     with pytest.raises(UserError, match=r"rollout.clip_frames=7 must be a multiple"):
         config_of("init", base, tmp_path, rollout__clip_frames=7)
+    with pytest.raises(UserError, match=r"dmd.opening_weight=-1.0 must be 0 or more"):
+        config_of("init", base, tmp_path, dmd__opening_weight=-1.0)
     with pytest.raises(UserError, match=r"streaming.switch_frames=\(30,\) must lie within"):
         config_of("long", base, tmp_path, streaming__switch_frames=(30,))
     with pytest.raises(UserError, match=r"evaluation.metric='all' is read from videos of the toy world's"):
