@@ -55,7 +55,7 @@ class DMDConfig:
     def __post_init__(self) -> None:
         require(self.shift > 0, f"dmd.shift={self.shift} must be positive")
         require(self.score_shift > 0, f"dmd.score_shift={self.score_shift} must be positive")
-        require(self.opening_weight >= 0, f"dmd.opening_weight={self.opening_weight} must be 0 or more")
+        require(self.opening_weight > 0, f"dmd.opening_weight={self.opening_weight} must be positive")
         require(
             0 <= self.min_timestep <= self.max_timestep <= NUM_TIMESTEPS,
             f"dmd.min_timestep={self.min_timestep} and max_timestep={self.max_timestep} must rise within "
@@ -199,7 +199,5 @@ def _mean(error: Array, mask: Array | None, weight: Array | None = None) -> Arra
         return jnp.mean(error)
     per_frame = jnp.mean(error, axis=(2, 3, 4))  # [B, F]
     chosen = jnp.broadcast_to(True if mask is None else mask, per_frame.shape)
-    if weight is None:
-        return jnp.sum(jnp.where(chosen, per_frame, 0.0)) / jnp.sum(chosen)
-    share = jnp.where(chosen, weight, 0.0)
+    share = jnp.where(chosen, 1.0 if weight is None else weight, 0.0)
     return jnp.sum(jnp.where(chosen, per_frame, 0.0) * share) / jnp.sum(share)

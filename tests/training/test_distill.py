@@ -268,14 +268,15 @@ def test_opening_blocks_count_for_more_where_asked_for(new_frames, base, tmp_pat
         return jnp.sum(clip), losses.DMDReport(clip, clip)
 
     monkeypatch.setattr(losses, "dmd_loss", dmd_loss)
+    stage = "init" if new_frames is None else "long"
+    setup, state = prepared(config_of(stage, base, tmp_path / "run"))
     for weight in (1.0, 6.0):
-        stage = "init" if new_frames is None else "long"
         config = config_of(stage, base, tmp_path / "run", dmd__opening_weight=weight)
-        setup, state = prepared(config)
+        distillation = dataclasses.replace(setup.distillation, config=config)
         if new_frames is None:
-            step, rest = functools.partial(distill.train, setup.distillation, GENERATOR), (text_of(config),)
+            step, rest = functools.partial(distill.train, distillation, GENERATOR), (text_of(config),)
         else:
-            step, rest = functools.partial(distill.train_long, setup.distillation, GENERATOR), ()
+            step, rest = functools.partial(distill.train_long, distillation, GENERATOR), ()
             step = functools.partial(step, new_frames=new_frames)
         jax.eval_shape(step, state, setup.given, *rest)
     assert given[1.0] is None
@@ -288,8 +289,8 @@ def test_opening_blocks_count_for_more_where_asked_for(new_frames, base, tmp_pat
 def test_what_does_not_fit_is_refused(base, tmp_path):
     with pytest.raises(UserError, match=r"rollout.clip_frames=7 must be a multiple"):
         config_of("init", base, tmp_path, rollout__clip_frames=7)
-    with pytest.raises(UserError, match=r"dmd.opening_weight=-1.0 must be 0 or more"):
-        config_of("init", base, tmp_path, dmd__opening_weight=-1.0)
+    with pytest.raises(UserError, match=r"dmd.opening_weight=0.0 must be positive"):
+        config_of("init", base, tmp_path, dmd__opening_weight=0.0)
     with pytest.raises(UserError, match=r"streaming.switch_frames=\(30,\) must lie within"):
         config_of("long", base, tmp_path, streaming__switch_frames=(30,))
     with pytest.raises(UserError, match=r"evaluation.metric='all' is read from videos of the toy world's"):

@@ -7,10 +7,12 @@ import pytest
 
 from longlive_jax import sharding, toy
 from longlive_jax.cache import BlockKV
+from longlive_jax.config import preset
 from longlive_jax.errors import UserError
 from longlive_jax.inference.parts import vae_of
-from longlive_jax.training import flow
+from longlive_jax.training import flow, latents
 from longlive_jax.training import world as worlds
+from longlive_jax.training.config import ClipsConfig
 from tests.training._runs import only_one_device, smoke
 
 
@@ -138,9 +140,23 @@ def test_clips_that_switch_go_by_the_caption_of_their_end(base, tmp_path):
     video = toy.render_story(world, scenes[row : row + 1], story, frames=last)
     encoded = vae.apply({"params": frozen.vae_params}, video, method="encode")
     np.testing.assert_allclose(found["latents"][row], encoded[0], atol=2e-3)  # kept in float16
-    if world.height == toy.World().height:
-        shown = toy.read(world, video).codes[0]
-        assert (shown[first:] == ends.codes[row]).all()
+
+
+def test_clips_that_switch_show_what_they_end_with():
+    """Read from the pixels, at the size that can be read."""
+    world, vae, indices = toy.World(), preset("toy").vae, np.arange(8)
+    clips = ClipsConfig(batch_size=8, frames=12)
+    scenes = toy.sample_scenes(world, seed=clips.seed, indices=indices)
+    ends = worlds.Switches(0.5, (3, 6)).of(clips, indices, scenes)
+    assert set(ends.begin) == {0, 3, 6}
+    frames = vae.video_frames(clips.frames)
+    shown = toy.read(world, latents._render(world, scenes, ends, vae, frames=frames)).codes
+    for clip, begin in enumerate(ends.begin):
+        cut = vae.video_frames(int(begin)) if begin else 0
+        assert (shown[clip, cut:, :2] == ends.codes[clip, :2]).all()
+        assert (shown[clip, cut + 4 :] == ends.codes[clip]).all()  # a motion is seen over some frames
+        assert (shown[clip, :cut, :2] == scenes.codes[clip, :2]).all()
+        assert (shown[clip, : max(cut - 4, 0)] == scenes.codes[clip]).all()
 
 
 @pytest.mark.parametrize("causal_share", [0.0, 1.0])
@@ -148,12 +164,14 @@ def test_clips_that_switch_go_by_the_caption_of_their_end(base, tmp_path):
 def test_frames_before_a_switch_are_seen_and_not_learned(causal_share, base, tmp_path, monkeypatch):
     config = smoke("teacher", base, tmp_path / "run", flow__causal_share=causal_share, flow__switch_share=1.0)
     frozen = loaded(config)
-    off = jnp.zeros((4, 6, 1, 1, 1)).at[:, :3].set(1.0)
+    off = {"first": jnp.zeros((4, 6, 1, 1, 1)).at[:, :3].set(1.0), "last": jnp.zeros((4, 6, 1, 1, 1))}
+    off["last"] = 1.0 - off["first"]
+    wrong = "first"
 
     def velocity(generator, params, noisy, sigma, text, context):
-        """Right about latents that are ones, but for an error in the first block."""
+        """Right about latents that are ones, but for an error in one block."""
         wide = sigma[:, :, None, None, None]
-        return (noisy - (1 - wide)) / wide - 1 + off
+        return (noisy - (1 - wide)) / wide - 1 + off[wrong]
 
     monkeypatch.setattr(flow, "velocity", velocity)
     monkeypatch.setattr(flow, "clean_pass", lambda *_: BlockKV(None, None))
@@ -166,9 +184,13 @@ def test_frames_before_a_switch_are_seen_and_not_learned(causal_share, base, tmp
         )
 
     assert loss([3, 3, 3, 3]) < 1e-6
-    # A clip counts the same wherever it switches: the error is in half of the frames of the others.
     assert loss([0, 0, 3, 3]) == pytest.approx(0.25, rel=1e-4)
     assert loss([0, 0, 0, 0]) == pytest.approx(0.5, rel=1e-4)
+    # A clip counts the same wherever it switches, so the frames that are left count for more.
+    wrong = "last"
+    assert loss([0, 0, 0, 0]) == pytest.approx(0.5, rel=1e-4)
+    assert loss([0, 0, 3, 3]) == pytest.approx(0.75, rel=1e-4)
+    assert loss([3, 3, 3, 3]) == pytest.approx(1.0, rel=1e-4)
 
 
 def test_clips_of_one_block_cannot_switch(base, tmp_path):

@@ -101,6 +101,15 @@ class MeshConfig:
     fsdp: int = 1
 
 
+def _check_stream(data: "ClipsConfig | PromptsConfig") -> None:
+    """What every stream of batches needs."""
+    at_least("data", data, batch_size=1, threads=1, prefetch=1, seed=0)
+    require(
+        data.examples >= data.batch_size,
+        f"data.examples={data.examples} must be at least batch_size={data.batch_size}",
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ClipsConfig:
     """Which clips of the toy world, in which order.
@@ -124,11 +133,8 @@ class ClipsConfig:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        at_least("data", self, batch_size=1, frames=1, threads=1, prefetch=1, seed=0)
-        require(
-            self.examples >= self.batch_size,
-            f"data.examples={self.examples} must be at least batch_size={self.batch_size}",
-        )
+        at_least("data", self, frames=1)
+        _check_stream(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,11 +163,7 @@ class PromptsConfig:
     prefetch: int = 4
 
     def __post_init__(self) -> None:
-        at_least("data", self, batch_size=1, threads=1, prefetch=1, seed=0)
-        require(
-            self.examples >= self.batch_size,
-            f"data.examples={self.examples} must be at least batch_size={self.batch_size}",
-        )
+        _check_stream(self)
         require(
             not self.switch_prompts or self.prompts != "",
             f"data.switch_prompts={self.switch_prompts} needs data.prompts, the prompts they follow",
