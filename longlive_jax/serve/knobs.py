@@ -16,6 +16,7 @@ def shown(config: PipelineConfig) -> dict[str, Any]:
         "window": config.window.window_frames,
         "sink": config.window.sink_frames,
         "steps": list(config.sampler.steps),
+        "opening_steps": list(config.sampler.opening_steps),
         "policy": config.switch.policy,
         "keep_sink": config.switch.keep_sink,
     }

@@ -262,8 +262,8 @@ def _point(fields: _Fields) -> Point:
     )
 
 
-def _settings(fields: _Fields) -> dict[str, Any]:
-    """The knobs of the page, as dotted names of the config."""
+def _settings(fields: _Fields, *, begins: bool) -> dict[str, Any]:
+    """The knobs of the page, as dotted names of the config; some act on the beginning of a video alone."""
     found: dict[str, Any] = {}
     if fields.has("window"):
         found["window.window_frames"] = fields.whole("window", least=1, most=1000)
@@ -271,6 +271,9 @@ def _settings(fields: _Fields) -> dict[str, Any]:
         found["window.sink_frames"] = fields.whole("sink", least=0, most=1000)
     if fields.has("steps"):
         found["sampler.steps"] = fields.steps("steps")
+    if fields.has("opening_steps"):
+        require(begins, "opening_steps: the first block is made; give it to open, or compare from start")
+        found["sampler.opening_steps"] = fields.steps("opening_steps")
     if fields.has("policy"):
         found["switch.policy"] = fields.choice("policy", get_args(SwitchPolicy))
     if fields.has("keep_sink"):
@@ -293,25 +296,26 @@ def _switch(fields: _Fields) -> Switch:
 
 
 def _change(fields: _Fields) -> Change:
-    settings = _settings(fields.table("settings"))
+    settings = _settings(fields.table("settings"), begins=False)
     seed = _seed(fields) if fields.has("seed") else None
     require(bool(settings) or seed is not None, "give settings or a seed to change")
     return Change(settings, seed)
 
 
 def _compare(fields: _Fields) -> Compare:
+    origin: Origin = fields.choice("origin", get_args(Origin), default="here")
     return Compare(
-        origin=fields.choice("origin", get_args(Origin), default="here"),
+        origin=origin,
         prompt=_prompt(fields, default=""),
-        left=_settings(fields.table("left")),
-        right=_settings(fields.table("right")),
+        left=_settings(fields.table("left"), begins=origin == "start"),
+        right=_settings(fields.table("right"), begins=origin == "start"),
     )
 
 
 _READERS: Mapping[str, Any] = {
     "hello": lambda fields: Hello(fields.text("key", most=64, default="")),
     "open": lambda fields: Open(
-        _prompt(fields), _seed(fields, default=0), _settings(fields.table("settings"))
+        _prompt(fields), _seed(fields, default=0), _settings(fields.table("settings"), begins=True)
     ),
     "watch": lambda fields: Watch(fields.text("room", most=64)),
     "switch": _switch,

@@ -23,6 +23,12 @@ def studio(monkeypatch):
         yield running
 
 
+def choose(page, selector, text):
+    from selenium.webdriver.support.select import Select
+
+    Select(page.one(selector)).select_by_visible_text(text)
+
+
 def test_a_typed_prompt_changes_the_picture(page, studio):
     page.open(studio.address)
     assert page.shows("red")
@@ -119,6 +125,22 @@ def test_two_sides_are_shown_and_one_is_kept(page, studio):
     wait_for(lambda: page.one("#screen-0").is_displayed())
     assert page.shows("blue")
     wait_for(lambda: page.one("[data-policy=keep]").get_attribute("aria-checked") == "true")
+
+
+def test_the_first_block_may_have_steps_of_its_own(page, studio):
+    page.go(studio.address)
+    wait_for(lambda: page.one("#first").is_displayed())
+    page.click("details.more summary")
+    choose(page, "#first-steps", "16 steps")
+    page.type("#first", RED)
+    wait_for(lambda: page.text("#steps-value").endswith("; first block 16)"))
+    assert "8 steps in the first block" not in page.text("#left"), "the first block is made"
+    choose(page, "#origin", "the beginning")
+    choose(page, "#left", "8 steps in the first block")
+    choose(page, "#right", "4 steps in the first block")
+    page.click("#compare")
+    wait_for(lambda: page.one("#screen-2").is_displayed())
+    assert [page.text(f"#side-{side}") for side in (1, 2)] == ["opening steps 8", "opening steps 4"]
 
 
 def test_downloads_arrive(page, studio, downloads):

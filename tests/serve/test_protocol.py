@@ -20,6 +20,9 @@ def test_messages_are_read():
     assert parse(type="open", prompt="  a  fox ", seed=3, settings={"window": 9}) == Open(
         "a fox", 3, {"window.window_frames": 9}
     )
+    assert parse(type="open", prompt="a", settings={"opening_steps": [1000, 500]}) == Open(
+        "a", 0, {"sampler.opening_steps": (1000, 500)}
+    )
     assert parse(type="switch", prompt="b") == Switch("b", 0.0, "linear", None)
     assert parse(type="switch", prompt="b", blend=2, curve="spherical", take=1, block=7) == Switch(
         "b", 2.0, "spherical", Point(1, 7)
@@ -31,6 +34,9 @@ def test_messages_are_read():
     assert parse(type="rewind", take=0, block=4) == Rewind(Point(0, 4))
     assert parse(type="compare", left={"policy": "recache"}, right={"policy": "keep"}) == Compare(
         "here", "", {"switch.policy": "recache"}, {"switch.policy": "keep"}
+    )
+    assert parse(type="compare", origin="start", left={"opening_steps": [1000]}, right={}) == Compare(
+        "start", "", {"sampler.opening_steps": (1000,)}, {}
     )
     assert parse(type="keep", side="left") == Keep("left")
     assert [parse(type=name) for name in protocol.ACTS] == [Act(name) for name in protocol.ACTS]
@@ -55,6 +61,8 @@ def test_messages_are_read():
         ({"type": "change", "settings": {"dtype": "float32"}}, "'dtype' is not known here"),
         ({"type": "change", "settings": {"steps": []}}, "steps must be a list of 1 to 16"),
         ({"type": "change", "settings": {"steps": list(range(17))}}, "steps must be a list"),
+        ({"type": "change", "settings": {"opening_steps": [1000]}}, "opening_steps: the first block is made"),
+        ({"type": "compare", "left": {"opening_steps": [1000]}}, "opening_steps: the first block is made"),
         ({"type": "change", "settings": {"window": 10**9}}, "window=1000000000 must be a whole number"),
         ({"type": "change", "settings": []}, "settings must be a table"),
         ({"type": "compare", "left": {"policy": "best"}}, "policy='best' must be one of recache"),

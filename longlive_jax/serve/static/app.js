@@ -2,7 +2,7 @@
 
 import { $, clock, ideas, make, toast } from "./dom.js";
 import { Connection } from "./net.js";
-import { Panel } from "./panel.js";
+import { Panel, spread } from "./panel.js";
 import { parseFrame, Rate, Screen } from "./player.js";
 import { Timeline } from "./timeline.js";
 
@@ -322,7 +322,9 @@ function play() {
 $("start").onsubmit = (event) => {
   event.preventDefault();
   const prompt = $("first").value.trim();
-  if (prompt) net.send({ type: "open", prompt, seed: Number($("first-seed").value) || 0 });
+  const steps = Number($("first-steps").value);
+  const settings = steps ? { opening_steps: spread(steps) } : {};
+  if (prompt) net.send({ type: "open", prompt, seed: Number($("first-seed").value) || 0, settings });
 };
 $("cancel").onclick = () => net.send({ type: "cancel" });
 $("ask").onsubmit = (event) => {

@@ -28,11 +28,20 @@ export class Panel extends EventTarget {
     this.slider("steps", (value) => ({ steps: spread(value, this.settings.steps) }), (value) => `${value}`);
     $("seed").onchange = (event) => event.target.reportValidity() && this.tell("change", { seed: Number(event.target.value) });
     $("dice").onclick = () => this.tell("change", { seed: Math.floor(Math.random() * 2 ** 32) });
+    $("origin").onchange = () => this.offer();
     $("compare").onclick = () => this.compare();
     for (const button of document.querySelectorAll("[data-side]")) button.onclick = () => this.tell("keep", { side: button.dataset.side });
     $("upload").onchange = (event) => this.upload(event.target);
-    $("left").replaceChildren(...this.options("recache"));
-    $("right").replaceChildren(...this.options("keep"));
+    this.offer();
+  }
+
+  // Fills both sides' choices and keeps what was chosen, where it still is one.
+  offer() {
+    for (const [side, first] of [["left", "recache"], ["right", "keep"]]) {
+      const chosen = $(side).value;
+      $(side).replaceChildren(...this.options(first));
+      if ([...$(side).options].some((option) => option.value === chosen)) $(side).value = chosen;
+    }
   }
 
   // What a side can be: a policy, or a setting against the present one.
@@ -43,6 +52,7 @@ export class Panel extends EventTarget {
     const others = [option({}, "as it is", false)];
     if (steps) for (const n of new Set([1, 2, steps.length, 2 * steps.length])) others.push(option({ steps: spread(n, steps) }, `${n} step${n > 1 ? "s" : ""}`, false));
     if (frames) for (const n of this.windows()) others.push(option({ window: n }, `window ${n}`, false));
+    if (steps && $("origin").value === "start") for (const n of new Set([steps.length, 8, 16])) others.push(option({ opening_steps: spread(n, steps) }, `${n} steps in the first block`, false));
     return [policies, make("optgroup", { label: "Model" }, ...others)];
   }
 
@@ -70,12 +80,9 @@ export class Panel extends EventTarget {
       $("steps").value = settings.steps.length;
       $("window-value").textContent = `${settings.window} frames`;
       $("sink-value").textContent = `${settings.sink} frames`;
-      $("steps-value").textContent = `${settings.steps.length} (${settings.steps.join(" ")})`;
-      for (const side of ["left", "right"]) {
-        const chosen = $(side).value;
-        $(side).replaceChildren(...this.options(side === "left" ? "recache" : "keep"));
-        if ([...$(side).options].some((option) => option.value === chosen)) $(side).value = chosen;
-      }
+      const opening = settings.opening_steps.length ? `; first block ${settings.opening_steps.length}` : "";
+      $("steps-value").textContent = `${settings.steps.length} (${settings.steps.join(" ")}${opening})`;
+      this.offer();
     }
     if (document.activeElement !== $("seed")) $("seed").value = state.seed;
     $("compare-setup").hidden = Boolean(state.compare);
