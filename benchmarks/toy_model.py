@@ -89,7 +89,10 @@ class Cell:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How much is measured: clips per cell and seed, seeds, clips side by side, latent frames."""
+    """How much is measured: clips per cell and seed, seeds, clips side by side, latent frames.
+
+    `long_clips` is how many clips the long cells have; None for as many as the others.
+    """
 
     clips: int
     seeds: tuple[int, ...]
@@ -97,14 +100,20 @@ class Settings:
     frames: int
     long_frames: int
     switch_frames: int
+    long_clips: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("clips", "batch", "frames", "long_frames", "switch_frames"):
+        for name in ("clips", "batch", "frames", "long_frames", "switch_frames", "long_clips"):
             value = getattr(self, name)
-            require(value > 0, f"--{name.replace('_', '-')}={value} must be positive")
-        require(self.clips <= _SEED_STRIDE, f"--clips={self.clips} must be at most {_SEED_STRIDE}")
+            require(value is None or value > 0, f"--{name.replace('_', '-')}={value} must be positive")
+        for name, clips in (("clips", self.clips), ("long-clips", self.long_clips or 0)):
+            require(clips <= _SEED_STRIDE, f"--{name}={clips} must be at most {_SEED_STRIDE}")
         require(len(set(self.seeds)) == len(self.seeds), f"--seeds={self.seeds} must differ")
         require(all(0 <= s < 40_000 for s in self.seeds), f"--seeds={self.seeds} must be in [0, 40000)")
+
+    def clips_of(self, cell: Cell) -> int:
+        """Clips of a cell, per seed."""
+        return self.long_clips if cell.kind == "long" and self.long_clips else self.clips
 
 
 # --- the plan ---------------------------------------------------------------------------------------
@@ -153,7 +162,7 @@ def measure(
 ) -> evaluation.Table:
     """Generates and measures one cell with one seed."""
     config = pipe.config
-    world, indices = world_of(config), np.arange(settings.clips)
+    world, indices = world_of(config), np.arange(settings.clips_of(cell))
     scenes = toy.sample_scenes(world, seed=seed, indices=indices, split="held_out")
     captions = toy.describe_scenes(scenes)
     stories, new, at = [Story(caption) for caption in captions], scenes.codes, 0
@@ -278,7 +287,7 @@ def cell_key(
         "weights": fingerprints(opened),
         "frames": cell.frames,
         "policy": cell.policy,
-        "clips": settings.clips,
+        "clips": settings.clips_of(cell),
         "seed": seed,
     }
 
@@ -388,6 +397,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         frames=arguments.frames,
         long_frames=arguments.long_frames,
         switch_frames=arguments.switch_frames,
+        long_clips=arguments.long_clips,
     )
     names = [name for name, _ in arguments.compare]
     require(len({MODEL, *names}) == len(names) + 1, f"--compare: the names {names} must differ")
@@ -405,7 +415,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     files = {at: cell_file(arguments.cells, at[0], key) for at, key in keys.items()}
     missing = {at for at, file in files.items() if not file.exists()}
     work = sum(
-        cell.frames * settings.clips for cell in cells for s in settings.seeds if (cell.name, s) in missing
+        cell.frames * settings.clips_of(cell)
+        for cell in cells
+        for s in settings.seeds
+        if (cell.name, s) in missing
     )
     progress = Progress(work, is_quiet=arguments.quiet)
     tables, seconds = {}, {}
@@ -492,13 +505,14 @@ def finish(
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = parser_of(__doc__, name="toy_model", clips=32, seeds=(101, 102), frames=60)
+    parser = parser_of(__doc__, name="toy_model", clips=64, seeds=(111, 112, 113), frames=60)
     add_long(parser, name="toy_model")
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="checkpoint directory, or toy")
     parser.add_argument(
         "--compare", type=named, action="append", default=[], metavar="NAME=CHECKPOINT", help="repeatable"
     )
     parser.add_argument("--only", choices=KINDS, nargs="+", default=KINDS, help="kinds of cells")
+    parser.add_argument("--long-clips", type=int, default=16, help="clips per long cell and seed")
     parser.add_argument("--switch-frames", type=int, default=48, help="latent frames around a switch")
     arguments = parser.parse_args(words)
     result = finish(arguments, run)

@@ -211,30 +211,28 @@ def _clip_frames(settings: Mapping[str, Any]) -> int:
 
 def _measurements(measured: Mapping[str, Any]) -> str:
     cells, settings = measured["cells"], measured["settings"]
-    clips = settings["clips"] * len(settings["seeds"])
     seeds = ", ".join(map(str, settings["seeds"]))
     blocks = [
         f"""\
 ## Measured
 
 From the pixels of videos of held-out combinations (`python -m benchmarks.toy_model toy`):
-mean and 95% interval over {clips} clips, seeds {seeds}. Shares are in [0, 1].
+means and 95% intervals over clips of the seeds {seeds}. Shares are in [0, 1].
 For flicker, drift and jumps low is good."""
     ]
     if "clip" in cells:
-        title = f"Clips of {settings['frames']} latent frames"
+        title = f"{cells['clip']['all']['clips']} clips of {settings['frames']} latent frames"
         blocks.append(_estimates(title, ["share"], [cells["clip"]], _CLIP_ROWS))
         blocks.append(_gate(cells["clip"]))
     if "long" in cells:
-        title = f"Clips of {settings['long_frames']} latent frames"
+        title = f"{cells['long']['all']['clips']} clips of {settings['long_frames']} latent frames"
         blocks.append(_estimates(title, ["share"], [cells["long"]], _LONG_ROWS))
         blocks.append(_windows(cells["long"]))
     policies = [policy for policy in _POLICIES if f"switch, {policy}" in cells]
     if policies:
         found = [cells[f"switch, {policy}"] for policy in policies]
-        blocks.append(
-            _estimates("A prompt switch, by what happens to the cache", policies, found, _SWITCH_ROWS)
-        )
+        title = f"{found[0]['held']['clips']} prompt switches, by what happens to the cache"
+        blocks.append(_estimates(title, policies, found, _SWITCH_ROWS))
         blocks.append(_blocks(policies, found))
     return "\n\n".join(blocks)
 

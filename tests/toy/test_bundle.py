@@ -232,7 +232,9 @@ def test_the_card_tells_what_was_trained_and_measured(measured, package, capsys)
         in text
     )
     assert "0.900 (0.800 to 0.950)" in text
-    assert "over 64 clips, seeds 101, 102" in text
+    assert "over clips of the seeds 101, 102" in text
+    assert "### 64 clips of 240 latent frames" in text
+    assert "### 64 prompt switches" in text
     assert "| long | long, sink 0 | identity.size | 0.900 | 0.500 | +0.400 (+0.300 to +0.500) | 64 |" in text
     assert "- long and long, sink 0: flicker" in text
     assert "0.3 hours" in text

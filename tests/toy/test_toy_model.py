@@ -55,8 +55,8 @@ def test_everything_is_measured_once(smoke_checkpoint, monkeypatch, capsys):
     # The model card finds every measure it wants (a long clip has those of a short one).
     cells = result["cells"] | {"long": result["cells"]["clip"]}
     text = card.render(result | {"cells": cells}, [], parameters={"vae": 1}, size=1)
-    assert "over 6 clips, seeds 1, 2" in text
-    assert "Clips of 9 latent frames" in text
+    assert "over clips of the seeds 1, 2" in text
+    assert "6 clips of 9 latent frames" in text
 
     # A second run measures nothing, and so does one that was interrupted before its result was written.
     def fail(*arguments):
@@ -72,8 +72,13 @@ def test_everything_is_measured_once(smoke_checkpoint, monkeypatch, capsys):
 
 def test_the_plan_takes_the_method_apart():
     config = preset("toy")
-    settings = toy_model.Settings(clips=1, seeds=(1,), batch=1, frames=60, long_frames=240, switch_frames=48)
+    settings = toy_model.Settings(
+        clips=2, seeds=(1,), batch=1, frames=60, long_frames=240, switch_frames=48, long_clips=1
+    )
     cells = toy_model.plan(config, settings, ["init"])
+    assert {(cell.kind, settings.clips_of(cell)) for cell in cells} == {
+        *(("clip", 2), ("switch", 2), ("long", 1))
+    }
     changes = {cell.name: dict(cell.overrides) for cell in cells if cell.kind == "long"}
     assert changes == {
         "long": {},
@@ -102,6 +107,7 @@ def test_the_plan_takes_the_method_apart():
     [
         (("nowhere",), "checkpoint=nowhere"),
         (("SMOKE", "--clips", "0"), "--clips=0"),
+        (("SMOKE", "--long-clips", "0"), "--long-clips=0"),
         (("SMOKE", "--seeds", "1", "1"), "--seeds=(1, 1)"),
         (("SMOKE", "--compare", "model=SMOKE"), "--compare"),
     ],
