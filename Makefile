@@ -15,7 +15,7 @@ SHIPPED ?= $(addprefix $(TOY)/long/exports/,000360 000420 000480 000540)
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Compiling is most of a short test: without LLVM's optimisations (XLA's own remain, and what the audits of
-# compiled programs look at) the suite takes a fifth less. `make test QUICK=0` tests what users run.
+# compiled programs look at) the suite takes a quarter less. `make test QUICK=0` tests what users run.
 QUICK ?= 1
 
 .PHONY: help demo toy toy-bundle test test-slow test-gpu test-cuda-compiler lint format clean

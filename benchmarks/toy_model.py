@@ -53,7 +53,8 @@ _SEED_STRIDE = 100_000  # noise seeds of the clips of one seed
 _LINE_EVERY = 15.0  # seconds between lines of progress
 
 _PLAIN_MEASURES = (
-    *("all", "shape", "colour", "motion", "background", "last.all", "fall.all", "present", "vanished", "iou"),
+    *("all", "shape", "colour", "motion", "background", "first.shape", "last.all", "fall.all"),
+    *("present", "vanished", "iou"),
     *("identity.size", "identity.shade", "identity.gradient", "identity.lane"),
     *("drift.sprite", "drift.background", "flicker"),
 )

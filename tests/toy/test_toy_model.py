@@ -10,7 +10,7 @@ from longlive_jax.config import preset
 from longlive_jax.toy import card
 
 SMALL = (
-    *("--clips", "3", "--seeds", "1", "2", "--batch", "3", "--frames", "6", "--long-frames", "9"),
+    *("--clips", "3", "--seeds", "1", "2", "--batch", "3", "--frames", "6", "--long-frames", "18"),
     *("--switch-frames", "18"),
 )
 
@@ -24,16 +24,18 @@ def place(tmp_path, monkeypatch):
 def test_everything_is_measured_once(smoke_checkpoint, monkeypatch, capsys):
     first, second = smoke_checkpoint(0), smoke_checkpoint(1)
     words = [str(first), *SMALL, "--compare", f"other={second}", "--json", "r.json", "--cells", "cells"]
-    words += ["--only", "clip", "switch"]
+    words += ["--long-clips", "1"]
     assert toy_model.main(words) == 0
     out, err = capsys.readouterr()
     assert "left" in err
     result = json.loads(pathlib.Path("r.json").read_text())
     assert list(result["cells"]) == [
-        *("clip", "switch, recache", "switch, keep", "switch, clear", "clip, opening steps 16"),
-        *("clip, other", "switch, recache, other"),
+        *("clip", "switch, recache", "long", "switch, keep", "switch, clear", "clip, opening steps 16"),
+        *("long, relative rope", "long, sink 0"),
+        *("clip, other", "switch, recache, other", "long, other"),
     ]
     assert result["cells"]["clip"]["all"]["clips"] == 6
+    assert result["cells"]["long"]["all"]["clips"] == 2
     assert result["cells"]["switch, keep"]["held.2"]["clips"] == 2
     assert len(result["cells"]["switch, keep"]["blocks.new"]["mean"]) == 3
     assert result["cells"]["clip"]["shape"]["low"] <= result["cells"]["clip"]["shape"]["mean"]
@@ -41,6 +43,9 @@ def test_everything_is_measured_once(smoke_checkpoint, monkeypatch, capsys):
     assert compared == {
         ("clip", "clip, opening steps 16"),
         ("clip", "clip, other"),
+        ("long", "long, relative rope"),
+        ("long", "long, sink 0"),
+        ("long", "long, other"),
         ("switch, recache", "switch, keep"),
         ("switch, recache", "switch, clear"),
         ("switch, recache", "switch, recache, other"),
@@ -52,11 +57,12 @@ def test_everything_is_measured_once(smoke_checkpoint, monkeypatch, capsys):
     assert result["settings"]["seeds"] == [1, 2]
     assert str(first.parent) not in json.dumps(result)
     assert "switch, keep" in out
-    # The model card finds every measure it wants (a long clip has those of a short one).
-    cells = result["cells"] | {"long": result["cells"]["clip"]}
-    text = card.render(result | {"cells": cells}, [], parameters={"vae": 1}, size=1)
+    # The model card finds every measure it wants.
+    text = card.render(result, [], parameters={"vae": 1}, size=1)
     assert "over clips of the seeds 1, 2" in text
-    assert "6 clips of 9 latent frames" in text
+    assert "6 clips of 6 latent frames" in text
+    assert "2 clips of 18 latent frames" in text
+    assert "6 prompt switches" in text
 
     # A second run measures nothing, and so does one that was interrupted before its result was written.
     def fail(*arguments):
