@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks import common, floors
-from benchmarks.suites import Suite, compiled, draw, measured_rates, median_seconds
+from benchmarks.suites import Suite, compiled, draw, measured_rates, median_seconds, memory_of
 from longlive_jax.errors import UserError
 from longlive_jax.ops.windowed_attention import CachedContext, windowed_attention
 
@@ -44,7 +44,7 @@ def attention(suite: Suite) -> Iterator[dict[str, Any]]:
                 continue
             call = functools.partial(run, *arrays, jnp.full(1, fill.length, jnp.int32))
             seconds = median_seconds(call, suite.repeats)
-            yield fill.row(name, seconds, error=_error(call(), expected))
+            yield fill.row(name, seconds, error=_error(call(), expected)) | memory_of(run)
         yield from _tokamax_rows(fill, tokamax, expected)
         yield from _torch_rows(fill, expected)
     yield from _gradients(suite, whole, fills[-1].work, rates)
@@ -144,7 +144,7 @@ def _gradients(
             seconds = median_seconds(functools.partial(run, *arguments), suite.repeats)
             # Forward once, and five products backward for the two forward.
             report = work.times(3.5).report(seconds, rates)
-            yield {"case": f"{name} with gradients", **report}
+            yield {"case": f"{name} with gradients", **memory_of(run), **report}
 
 
 def _tokamax_name() -> str:
@@ -173,7 +173,7 @@ def _tokamax_rows(fill: _Fill, programs: dict[str, Any], expected: Any) -> Itera
     elif run is not None:
         call = functools.partial(run, *fill.joined())
         seconds = median_seconds(call, fill.suite.repeats)
-        yield fill.row(name, seconds, error=_error(call(), expected))
+        yield fill.row(name, seconds, error=_error(call(), expected)) | memory_of(run)
 
 
 def _torch_kernels(device: str) -> dict[str, Callable[[], Any]]:
@@ -242,4 +242,4 @@ def tune(suite: Suite) -> Iterator[dict[str, Any]]:
     for case, run in compiled(jobs).items():
         seconds = median_seconds(functools.partial(run, *arguments), suite.repeats)
         entry = f"({device.device_kind!r}, {problem}): {found[case]}"
-        yield {"case": case, "entry": entry, **work.report(seconds, rates)}
+        yield {"case": case, "entry": entry, **memory_of(run), **work.report(seconds, rates)}

@@ -69,6 +69,22 @@ def _seconds(call: Callable[[], Any]) -> float:
     return time.perf_counter() - start
 
 
+def process_peak_mib(process: int | None = None) -> float | None:
+    """Most memory a process has held so far, in MiB; None if it is not there any more.
+
+    Not `ru_maxrss`: of a child that is at least what its parent held when it was started.
+
+    Args:
+      process: its number; None: this one.
+    """
+    try:
+        status = pathlib.Path(f"/proc/{process or 'self'}/status").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
+    return None if peak is None else round(int(peak.split()[1]) / 1024, 1)
+
+
 def absence(package: str) -> str | None:
     """Why an optional package cannot be used here; None where it can."""
     if importlib.util.find_spec(package) is None:
@@ -106,9 +122,14 @@ def summary(values: list[float]) -> dict[str, float]:
 
 def save(name: str, result: Mapping[str, Any]) -> pathlib.Path:
     """Writes `results/NAME.json` with the machine's description and prints it."""
+    path = write(name, {"machine": machine(), **result})
+    print(path.read_text(), end="")
+    return path
+
+
+def write(name: str, result: Mapping[str, Any]) -> pathlib.Path:
+    """Writes `results/NAME.json` as it is."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    text = json.dumps({"machine": machine(), **result}, indent=2)
-    path.write_text(text + "\n")
-    print(text)
+    path.write_text(json.dumps(result, indent=2) + "\n")
     return path

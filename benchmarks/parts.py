@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from benchmarks import floors
+from benchmarks import common, floors
 from benchmarks.attention import IMPLEMENTATIONS, attention, tune
 from benchmarks.peers import peers
-from benchmarks.suites import SUITES, Suite, compiled, draw, measured_rates, median_seconds
+from benchmarks.suites import SUITES, Suite, compiled, draw, measured_rates, median_seconds, memory_of
 from longlive_jax.config import (
     MIN_VAE_TILE,
     TAEW2_1,
@@ -43,6 +43,13 @@ class _Stepping:
 
         return rollout.step, (self.generator, self.params, self.state)
 
+    def work(self, suite: Suite) -> floors.Work:
+        """Of a block, once the window is full."""
+        return floors.block_step(
+            suite.transformer, self.window, frame_len=suite.frame_len,
+            passes=len(self.generator.sampler.steps) + 1, itemsize=suite.itemsize,
+        )  # fmt: skip
+
     def measured(self, suite: Suite, program: Any, rates: floors.Rates) -> dict[str, Any]:
         """Steps until the window is full, then with the clock running."""
         import jax
@@ -59,17 +66,12 @@ class _Stepping:
             state, latents = program(self.params, state)
             jax.block_until_ready(latents)
             seconds.append(time.perf_counter() - start)
-        work = floors.block_step(
-            suite.transformer, window, frame_len=suite.frame_len,
-            passes=len(self.generator.sampler.steps) + 1, itemsize=suite.itemsize,
-        )  # fmt: skip
-        report = work.report(statistics.median(seconds), rates)
+        report = self.work(suite).report(statistics.median(seconds), rates)
         return {
             "fps": round(suite.vae.temporal_stride * window.block_frames / report["seconds"], 2),
             "copies_as_large_as_the_cache": len(found.copies),
             "host_transfers": len(found.host_transfers),
-            "temporary_mib": round(found.temporary_bytes / 2**20, 1),
-            "peak_mib": peak_mib(),
+            **memory_of(program),
             **report,
         }
 
@@ -100,15 +102,6 @@ def _first_state(suite: Suite, generator: Any, params: Any) -> Any:
 
     text = draw(1, (1, suite.transformer.text_len, suite.transformer.text_dim), suite.dtype)
     return rollout.init(generator, params, text, np.zeros(1, np.uint32), latent_size=suite.size)
-
-
-def peak_mib() -> float | None:
-    """Most device memory so far, where the device says so."""
-    import jax
-
-    statistics_ = jax.local_devices()[0].memory_stats() or {}
-    peak = statistics_.get("peak_bytes_in_use")
-    return None if peak is None else round(peak / 2**20, 1)
 
 
 def block_step(suite: Suite) -> Iterator[dict[str, Any]]:
@@ -152,19 +145,19 @@ def windows(suite: Suite) -> Iterator[dict[str, Any]]:
 
 
 def length(suite: Suite) -> Iterator[dict[str, Any]]:
-    """The block step after 10, 60 and 240 seconds of video: it should not grow."""
+    """The block step after 10, 60 and 240 seconds of video: it should not grow.
+
+    The video before is not generated: the state of one with a full window is told that it is so far on.
+    """
     import jax
     import jax.numpy as jnp
 
-    from longlive_jax.inference import rollout
-
     window, rates = WindowConfig(12, 3, 3), measured_rates(suite)
     generator, params, state = started(suite, window)
+    stepping = _Stepping(window, generator, params, state)
+    program, work = compiled({"step": stepping.program})["step"], stepping.work(suite)
     for _ in range(4):
-        state, _ = rollout.step(generator, params, state)
-    passes = len(generator.sampler.steps) + 1
-    sizes = {"frame_len": suite.frame_len, "passes": passes, "itemsize": suite.itemsize}
-    work = floors.block_step(suite.transformer, window, **sizes)
+        state, _ = program(params, state)
     for video_seconds in (10, 60, 240):
         frame = suite.vae.latent_frames(16 * video_seconds) // 3 * 3
         moved = dataclasses.replace(state, frame=jnp.int32(frame))
@@ -175,10 +168,11 @@ def length(suite: Suite) -> Iterator[dict[str, Any]]:
         seconds = []
         for _ in range(suite.repeats):
             start = time.perf_counter()
-            moved, latents = rollout.step(generator, params, moved)
+            moved, latents = program(params, moved)
             jax.block_until_ready(latents)
             seconds.append(time.perf_counter() - start)
-        yield {"case": f"after {video_seconds} s", **work.report(statistics.median(seconds), rates)}
+        report = work.report(statistics.median(seconds), rates)
+        yield {"case": f"after {video_seconds} s", **memory_of(program), **report}
 
 
 def _decoders(suite: Suite) -> dict[str, VAEConfig]:
@@ -217,6 +211,11 @@ class _Decoding:
 
         return jax.jit(self.step, donate_argnums=1), (self.params, self.state, self.latents)
 
+    @property
+    def work(self) -> floors.Work:
+        """Of a block; what tiles compute twice is work as well."""
+        return floors.traced(self.step, self.params, self.state, self.latents)
+
     def advance(self, program: Any) -> Any:
         """The next block's pixels, by the compiled program."""
         pixels, self.state = program(self.params, self.state, self.latents)
@@ -225,7 +224,6 @@ class _Decoding:
 
 def vae(suite: Suite) -> Iterator[dict[str, Any]]:
     """Decoding one block of a running video to pixels: Wan's VAE, the same in tiles, and the small ones."""
-
     rates = measured_rates(suite)
     tile = max(MIN_VAE_TILE, suite.vae.spatial_stride * min(suite.size) // 2)
     found = {name: _Decoding(suite, config) for name, config in _decoders(suite).items()}
@@ -233,32 +231,34 @@ def vae(suite: Suite) -> Iterator[dict[str, Any]]:
     for case, run in compiled({name: decoding.program for name, decoding in found.items()}).items():
         decoding = found[case]
         # The work of whole frames: what tiles compute twice is not work that had to be done.
-        whole = _Decoding(suite, suite.vae).step if "tiles" in case else decoding.step
-        work = floors.traced(whole, decoding.params, decoding.state, decoding.latents)
+        work = found["Wan VAE" if "tiles" in case else case].work
         median = median_seconds(functools.partial(decoding.advance, run), suite.repeats)
         yield {
             "case": case,
             "fps": round(3 * decoding.config.temporal_stride / median, 2),
-            "temporary_mib": round(run.memory_analysis().temp_size_in_bytes / 2**20, 1),
-            "peak_mib": peak_mib(),
+            **memory_of(run),
             **work.report(median, rates),
         }
 
 
 def end_to_end(suite: Suite) -> Iterator[dict[str, Any]]:
-    """Blocks generated and decoded as a stream, the next under way while the last one is fetched."""
+    """Blocks generated and decoded as a stream, the next under way while the last one is fetched.
+
+    The floor is that of the step and the decoder together. Drawing weights and compiling has none.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np
 
     from longlive_jax.inference.pipeline import one_ahead
 
-    start = time.perf_counter()
+    rates, start = measured_rates(suite), time.perf_counter()
     generator, params, state = started(suite, WindowConfig(12, 3, 3))
     decoders = {name: _Decoding(suite, config) for name, config in _decoders(suite).items()}
     jobs = {name: decoding.program for name, decoding in decoders.items()}
     stepping = _Stepping(generator.window, generator, params, state)
     programs = compiled({"step": stepping.program, **jobs})
+    works = {name: stepping.work(suite) + decoding.work for name, decoding in decoders.items()}
     to_bytes = jax.jit(lambda pixels: jnp.round((pixels + 1) * 127.5).astype(jnp.uint8))
     yield {"case": "weights drawn, programs compiled", "seconds": time.perf_counter() - start}
 
@@ -277,16 +277,23 @@ def end_to_end(suite: Suite) -> Iterator[dict[str, Any]]:
             times.append(time.perf_counter())
         seconds = statistics.median(b - a for a, b in itertools.pairwise(times[5:]))
         fps = round(3 * decoding.config.temporal_stride / seconds, 2)
-        yield {"case": name, "seconds": seconds, "fps": fps, "peak_mib": peak_mib()}
+        memory = memory_of(programs["step"], programs[name])
+        yield {"case": name, "fps": fps, **memory, **works[name].report(seconds, rates)}
 
 
 def start_up(suite: Suite) -> Iterator[dict[str, Any]]:
-    """Two starts of `longlive generate`, to the end of the first block."""
-    from benchmarks.start_up import starts
+    """Starts of `longlive generate` without and with compiled programs on the disk, medians of pairs.
 
-    first, second = starts(suite.start_up)
-    for name, found in (("first start", first), ("second start", second)):
-        yield {"case": name, **found}
+    There is no floor: a start is imports, tracing, compiling and reading files, and no count of operations
+    says how long these have to take.
+    """
+    from benchmarks.start_up import PAIRS, medians, starts
+
+    pairs = list(starts(suite.start_up, pairs=min(suite.repeats, PAIRS)))
+    found = medians(pairs)
+    yield {"case": "first start", "pairs": len(pairs), **found["first"]}
+    ratio = found["first_over_second"]["seconds"]
+    yield {"case": "second start", "pairs": len(pairs), "first_over_second": ratio, **found["second"]}
 
 
 PARTS: dict[str, Callable[[Suite], Iterator[dict[str, Any]]]] = {
@@ -302,6 +309,16 @@ PARTS: dict[str, Callable[[Suite], Iterator[dict[str, Any]]]] = {
 }
 
 
+def _process_memory() -> dict[str, float]:
+    """High-water marks of this process, that is of the whole part: its own, and the device's if it says."""
+    import jax
+
+    peaks = {"process_peak_mib": common.process_peak_mib()}
+    device = (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    peaks["device_peak_mib"] = None if device is None else round(device / 2**20, 1)
+    return {name: peak for name, peak in peaks.items() if peak is not None}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("part", choices=tuple(PARTS))
@@ -312,6 +329,7 @@ def main() -> None:
     suite = dataclasses.replace(suite, repeats=arguments.repeats or suite.repeats)
     for row in PARTS[arguments.part](suite):
         print(json.dumps(row), flush=True)
+    print(json.dumps({"process": _process_memory()}), flush=True)
 
 
 if __name__ == "__main__":

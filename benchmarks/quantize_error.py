@@ -3,9 +3,9 @@
     python -m benchmarks.quantize_error
 
 Every variant makes the same video of 18 latent frames (window 9: the cache wraps around). The error is
-|found - exact| / |exact|, over the first and the last six frames. The model computes in float32, so that
-nothing but the 8 bits differs; bfloat16 without any is the yardstick. Then the error of every linear layer,
-as `longlive verify --layers` prints it.
+|found - exact| / |exact|, over all frames, the first six and the last six. The model computes in float32, so
+that nothing but the 8 bits differs; bfloat16 without any is the yardstick. Then the error of every linear
+layer, as `longlive verify --layers` prints it.
 """
 
 import argparse
@@ -26,6 +26,8 @@ from longlive_jax.quantize.errors import layer_table, random_inputs
 from longlive_jax.quantize.module import quantized
 
 BLOCKS, ENDS = 6, 6
+WINDOW = WindowConfig(window_frames=9, sink_frames=3, block_frames=3)
+LATENT_SIZE, TEXT_LEN = (8, 8), 64
 
 VARIANTS: dict[str, tuple[Recipe, CacheDType]] = {
     "int8": ("int8", "same"),
@@ -40,10 +42,10 @@ VARIANTS: dict[str, tuple[Recipe, CacheDType]] = {
 
 def latents(transformer: Transformer, params: Any, cache: CacheDType, blocks: int) -> np.ndarray:
     """Float32 latents `[1, F, h, w, C]` of one video."""
-    generator = rollout.Generator(transformer, WindowConfig(9, 3, 3), SamplerConfig(), cache_dtype=cache)
+    generator = rollout.Generator(transformer, WINDOW, SamplerConfig(), cache_dtype=cache)
     config = transformer.config
     text = np.random.default_rng(1).standard_normal((1, config.text_len, config.text_dim), np.float32)
-    state = rollout.init(generator, params, text, np.zeros(1, np.uint32), latent_size=(8, 8))
+    state = rollout.init(generator, params, text, np.zeros(1, np.uint32), latent_size=LATENT_SIZE)
     found = []
     for _ in range(blocks):
         state, block = rollout.step(generator, params, state)
@@ -63,7 +65,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--blocks", type=int, default=BLOCKS)
     arguments = parser.parse_args()
-    config = dataclasses.replace(WAN_1_3B, num_layers=arguments.layers, text_len=64)
+    config = dataclasses.replace(WAN_1_3B, num_layers=arguments.layers, text_len=TEXT_LEN)
     plain = Transformer(config)
     shapes = jax.eval_shape(lambda key: init_params(plain, key), jax.random.key(0))
     params = draw(shapes, "float32", seed=0)
@@ -85,12 +87,24 @@ def main() -> None:
     }
     errors = {
         name: {
+            "all_frames": relative(found, exact, slice(None)),
             "first_frames": relative(found, exact, slice(0, ENDS)),
             "last_frames": relative(found, exact, slice(-ENDS, None)),
         }
         for name, found in results.items()
     }
-    about = {"what": __doc__.splitlines()[0], "layers": arguments.layers, "frames": exact.shape[1]}
+    about = {
+        "what": __doc__.splitlines()[0],
+        "dim": config.dim,
+        "layers": arguments.layers,
+        "frames": exact.shape[1],
+        "frames_of_an_end": ENDS,
+        "latent_size": LATENT_SIZE,
+        "text_len": TEXT_LEN,
+        "window_frames": WINDOW.window_frames,
+        "sink_frames": WINDOW.sink_frames,
+        "block_frames": WINDOW.block_frames,
+    }
     common.save("quantize_error", {**about, "relative_error_of_latents": errors, "layers_table": tables})
 
 

@@ -5,9 +5,12 @@
 
 Every part runs in a process of its own and under a timeout, so a kernel that hangs costs its own numbers
 only; correctness comes before timing. With --warm all parts run once at the same time before, untimed, to
-fill JAX's compilation cache: on a machine with many cores that takes as long as the slowest of them. The
-result is a table and `results/suite_NAME.json`; parts that were not run again stay there as they were if this
-is the machine they were measured on.
+fill JAX's compilation cache: on a machine with many cores that takes as long as the slowest of them.
+
+The result is a table and `results/suite_SUITE.json`, or `results/NAME.json` with --name. Every part in it
+says which machine it was measured on. A part that is measured again takes the place of the one before unless
+it fails; where that one is of another machine, other versions or other XLA flags, this is refused before
+anything runs. All other parts stay as they are.
 """
 
 import argparse
@@ -18,17 +21,23 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from benchmarks import common
 from benchmarks.parts import PARTS, SUITES
 
 TIMEOUT = 480
-EXTRA = ("fps", "peak_mib", "error", "difference", "ours_over_theirs")
+EXTRA = (
+    *("fps", "program_mib", "first_frame_seconds", "process_peak_mib", "error"),
+    *("difference", "ours_over_theirs", "first_over_second"),
+)
 
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 CACHE_ALL = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 SHARED_DEVICE = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+FLAGS = "XLA_FLAGS"
+DESCRIBE = "import json; from benchmarks import common; print(json.dumps(common.machine()))"
 
 
 def measured(part: str, suite: str, *, timeout: int, is_warming: bool = False) -> dict[str, Any]:
@@ -48,8 +57,9 @@ def measured(part: str, suite: str, *, timeout: int, is_warming: bool = False) -
             errors.seek(0)
             problem = {"failed": errors.read().strip().splitlines()[-1:] or code} if code else {}
         out.seek(0)
-        rows = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
-    return {"rows": rows, **problem}
+        lines = [json.loads(line) for line in out if line.startswith("{") and line.endswith("}\n")]
+    process: dict[str, Any] = next((line["process"] for line in lines if "process" in line), {})
+    return {**process, "rows": [line for line in lines if "case" in line], **problem}
 
 
 def table(results: dict[str, Any]) -> str:
@@ -69,13 +79,35 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def earlier(name: str) -> dict[str, Any]:
-    """The parts of a stored result that was measured on a machine of this description; else none."""
+def here() -> dict[str, Any]:
+    """What a part says of where it was measured; asked in a process of its own, so as to hold no device."""
+    found = subprocess.run([sys.executable, "-c", DESCRIBE], stdout=subprocess.PIPE, text=True, check=True)
+    flags = os.environ.get(FLAGS)
+    return {"machine": json.loads(found.stdout)} | ({"xla_flags": flags} if flags else {})
+
+
+def stored(name: str) -> dict[str, Any]:
+    """The parts of a result; none where there is no such file."""
     file = common.RESULTS / f"{name}.json"
-    stored = json.loads(file.read_text()) if file.exists() else {}
-    if stored.get("machine") != common.machine():
-        return {}
-    return {part: stored[part] for part in PARTS if part in stored}
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def check(name: str, parts: Sequence[str], place: Mapping[str, Any]) -> None:
+    """Ends the program where one of the parts would replace what was measured elsewhere than at `place`."""
+    old, facts = stored(name), ("machine", "xla_flags")
+    foreign = [part for part in parts if part in old and any(old[part].get(x) != place.get(x) for x in facts)]
+    if foreign:
+        sys.exit(
+            f"results/{name}.json holds {', '.join(foreign)} of another machine, other versions or other XLA "
+            "flags; choose another file with --name, or add --replace"
+        )
+
+
+def updated(old: Mapping[str, Any], part: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    """The stored parts with one measured again, unless that failed and the one before did not."""
+    if "failed" in found and part in old and "failed" not in old[part]:
+        return dict(old)
+    return {**old, part: dict(found)}
 
 
 def main() -> None:
@@ -85,14 +117,20 @@ def main() -> None:
     parser.add_argument("--suite", choices=tuple(SUITES), required=True)
     parser.add_argument("--only", nargs="+", choices=tuple(PARTS), default=tuple(PARTS))
     parser.add_argument("--timeout", type=int, default=TIMEOUT, help="seconds for each part")
+    parser.add_argument("--name", help="of the result (default: suite_SUITE)")
+    parser.add_argument("--replace", action="store_true", help="also parts that were measured elsewhere")
     parser.add_argument("--no-save", action="store_true")
     parser.add_argument("--warm", action="store_true", help="compile the parts side by side first")
     arguments = parser.parse_args()
+    arguments.name = arguments.name or f"suite_{arguments.suite}"
+    place = {} if arguments.no_save else here()
+    if not arguments.no_save and not arguments.replace:
+        check(arguments.name, arguments.only, place)
     with tempfile.TemporaryDirectory() as folder:
         if arguments.warm:
             os.environ |= {CACHE: os.environ.get(CACHE, folder), **CACHE_ALL}
             warm_up(arguments)
-        measure(arguments)
+        measure(arguments, place)
 
 
 def warm_up(arguments: argparse.Namespace) -> None:
@@ -105,14 +143,15 @@ def warm_up(arguments: argparse.Namespace) -> None:
                 print(f"{part}: {found['failed']}", file=sys.stderr, flush=True)
 
 
-def measure(arguments: argparse.Namespace) -> None:
-    """Runs the parts one after the other, prints the table and keeps the result."""
+def measure(arguments: argparse.Namespace, place: Mapping[str, Any]) -> None:
+    """Runs the parts one after the other, keeps each when it is done, and prints the table."""
     results = {}
     for part in arguments.only:
         print(f"{part} ...", file=sys.stderr, flush=True)
-        results[part] = measured(part, arguments.suite, timeout=arguments.timeout)
-    if not arguments.no_save:
-        common.save(f"suite_{arguments.suite}", {**earlier(f"suite_{arguments.suite}"), **results})
+        found = measured(part, arguments.suite, timeout=arguments.timeout)
+        results[part] = {**place, **found}
+        if not arguments.no_save:
+            common.write(arguments.name, updated(stored(arguments.name), part, results[part]))
     print(table(results))
 
 

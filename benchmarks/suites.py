@@ -34,7 +34,7 @@ class Suite:
       windows: window sizes in latent frames, with the released sink.
       sinks: sinks, with the released window.
       matmul: side of the matrix product that measures the machine.
-      start_up: preset of the two starts.
+      start_up: preset of the starts.
     """
 
     transformer: TransformerConfig
@@ -55,6 +55,9 @@ class Suite:
     def itemsize(self) -> int:
         return 2 if self.dtype == "bfloat16" else 4
 
+
+CHAIN = 16
+"""Products and copies that one program makes to measure the machine."""
 
 TINY: PipelineConfig = preset("tiny")
 SUITES = {
@@ -112,6 +115,23 @@ def compiled(
         return dict(zip(programs, pool.map(one, programs.values()), strict=True))
 
 
+def memory_of(*programs: Any) -> dict[str, float]:
+    """What compiled programs need that run in turn, as the compiler reports it, in MiB.
+
+    Returns:
+      `program_mib`: the arguments of all, and of the rest (results that are not written over arguments, and
+      temporaries) what the largest has. `temporary_mib`: the most temporaries of one.
+    """
+    found = [program.memory_analysis() for program in programs]
+    arguments = sum(x.argument_size_in_bytes for x in found)
+    made = max(x.output_size_in_bytes - x.alias_size_in_bytes + x.temp_size_in_bytes for x in found)
+    temporary = max(x.temp_size_in_bytes for x in found)
+    return {
+        "program_mib": round((arguments + made) / 2**20, 1),
+        "temporary_mib": round(temporary / 2**20, 1),
+    }
+
+
 def draw(seed: int, shape: tuple[int, ...], dtype: Any) -> Any:
     """Random numbers; zeros would be faster than anything real."""
     import jax
@@ -120,13 +140,38 @@ def draw(seed: int, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def measured_rates(suite: Suite) -> floors.Rates:
-    """A large matrix product and a large copy on the default device."""
+    """A large matrix product and a large copy on the default device, each many times in one program.
+
+    On a GPU a call from Python costs some 0.2 ms, which beside a single product of 1.4 ms would count as the
+    machine's.
+    """
     import jax
-    import jax.numpy as jnp
 
     n = suite.matmul
-    a, b = (draw(i, (n, n), suite.dtype) for i in range(2))
-    product = median_seconds(functools.partial(jax.jit(jnp.matmul), a, b), suite.repeats)
-    long = draw(0, (32 * n * n,), suite.dtype)
-    copy = median_seconds(functools.partial(jax.jit(lambda x: x + 1), long), suite.repeats)
-    return floors.Rates(2 * n**3 / product, 2 * long.nbytes / copy)
+    first, weight = (draw(i, (n, n), suite.dtype) for i in range(2))
+    weight = weight / n**0.5  # products stay as large as what they are made of
+    product = median_seconds(functools.partial(jax.jit(products), first, weight), suite.repeats) / CHAIN
+    long, run = draw(0, (32 * n * n,), suite.dtype), jax.jit(copies, donate_argnums=0)
+    size = 2 * long.nbytes
+
+    def copied() -> Any:
+        nonlocal long
+        long = run(long)
+        return long
+
+    copy = median_seconds(copied, suite.repeats) / CHAIN
+    return floors.Rates(2 * n**3 / product, size / copy)
+
+
+def products(first: Any, weight: Any) -> Any:
+    """`CHAIN` matrix products, each of the one before. In pairs: a loop of single ones would copy each."""
+    import jax
+
+    return jax.lax.fori_loop(0, CHAIN // 2, lambda _, x: x @ weight @ weight, first)
+
+
+def copies(array: Any) -> Any:
+    """Reads and writes an array `CHAIN` times, with a sum that depends on the round and cannot be merged."""
+    import jax
+
+    return jax.lax.fori_loop(0, CHAIN, lambda i, x: x + i.astype(x.dtype), array)

@@ -1,13 +1,10 @@
 """The work of a block from first principles, against the operations in the traced program."""
 
-import json
-
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import common, floors, plot, run
-from benchmarks.run import table
+from benchmarks import floors, plot
 from longlive_jax.config import WAN_1_3B, WindowConfig
 from longlive_jax.models.transformer import TextContext, Transformer, init_params
 from longlive_jax.ops.windowed_attention import CachedContext
@@ -57,27 +54,6 @@ def test_of_what_differs_by_platform_one_form_counts():
         return jax.lax.platform_dependent(x, cuda=lambda x: x @ x @ x, default=lambda x: x @ x)
 
     assert floors.traced(run, S((16, 16), jnp.float32)).flops == 2 * 16**3
-
-
-def test_the_table_has_a_line_for_every_row_and_for_what_failed():
-    rows = [
-        {"case": "keys=64", "seconds": 0.002, "floor_seconds": 0.001, "times_floor": 2.0, "error": "1e-3"}
-    ]
-    text = table({"attention": {"rows": rows}, "vae": {"failed": "not done after 1 s"}})
-    assert len(text.splitlines()) == 3
-    assert "2.000" in text
-    assert "failed: not done after 1 s" in text
-
-
-def test_parts_that_are_not_run_again_stay_if_the_machine_is_the_same(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    assert run.earlier("suite_small") == {}
-    stored = {"machine": common.machine(), "length": {"rows": [1]}, "gone": {"rows": []}}
-    (tmp_path / "suite_small.json").write_text(json.dumps(stored))
-    assert run.earlier("suite_small") == {"length": {"rows": [1]}}
-    stored["machine"] = {**stored["machine"], "cores": 1000}
-    (tmp_path / "suite_small.json").write_text(json.dumps(stored))
-    assert run.earlier("suite_small") == {}
 
 
 def test_the_plot_takes_its_points_from_the_rows(tmp_path):
