@@ -38,11 +38,15 @@ PARTS: Mapping[str, str] = {
     "vae": "the video autoencoder",
     "lora": "the transformer's LoRA, kept apart",
     "critic_lora": "the critic's LoRA",
+    "reader": "what reads the toy world's attributes from latents",
 }
 """Every part a checkpoint can hold, in the order they are written."""
 
 BUNDLED: Mapping[str, pathlib.Path] = {"toy": pathlib.Path(__file__).parent / "assets/toy"}
 """The checkpoints that come with the package, by the name that stands for them."""
+
+KERNEL_SCALE = "kernel_scale"
+"""The tensor beside an 8-bit kernel that holds its scales; see `quantize.tree`."""
 
 _NAMED_LEAVES = 12  # how many wrong leaves one error line names
 
@@ -54,7 +58,7 @@ class PartInfo:
     Attributes:
       file: its file name inside the directory.
       dtype: the precision of its tensors ("mixed" when they differ).
-      parameters: number of parameters.
+      parameters: number of parameters, see `count_parameters`.
       digest: BLAKE2b of the file, taken when it was written.
       alpha: for a LoRA, its alpha; the update is alpha / rank * B A.
       rank: for a LoRA, its rank.
@@ -257,9 +261,8 @@ class Writer:
         file = f"{part}.safetensors"
         digest = storage.write_tensors(self.path / file, specs, pieces, metadata={"format": FORMAT})
         dtypes = {str(np.dtype(spec.dtype)) for spec in specs.values()}
-        parameters = sum(spec.size for spec in specs.values())
         dtype = dtypes.pop() if len(dtypes) == 1 else "mixed"
-        self.parts[part] = PartInfo(file, dtype, parameters, digest, alpha=alpha, rank=rank)
+        self.parts[part] = PartInfo(file, dtype, count_parameters(specs), digest, alpha=alpha, rank=rank)
         return self.parts[part]
 
     def add_tree(
@@ -341,6 +344,15 @@ def unflatten(leaves: Mapping[str, Any]) -> dict[str, Any]:
         require(last not in node, f"tensor names: {name!r} is both a tensor and a group")
         node[last] = value
     return tree
+
+
+def count_parameters(specs: Mapping[str, Spec]) -> int:
+    """Parameters in a part's tensors: every number but the scales of 8-bit kernels.
+
+    Args:
+      specs: "/"-joined path to shape and dtype.
+    """
+    return sum(spec.size for name, spec in specs.items() if not name.endswith(f"/{KERNEL_SCALE}"))
 
 
 def name_some(names: Iterable[str]) -> str:

@@ -80,7 +80,7 @@ class Budget:
         return "fits" if self.peak("text", dtype) <= room else "fits with the text encoder on the CPU"
 
     def __str__(self) -> str:
-        lines = [["GB", *DTYPES]]
+        lines = [["GiB", *DTYPES]]
         for row in self.rows:
             lines.append([row.name, *(_gigabytes(row.size[dtype]) for dtype in DTYPES)])
         for phase, name in (("text", "**at once, while the text is encoded**"), ("video", "**afterwards**")):

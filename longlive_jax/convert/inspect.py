@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from longlive_jax.checkpoint import Checkpoint, is_checkpoint, open_checkpoint
+from longlive_jax.checkpoint import Checkpoint, count_parameters, is_checkpoint, open_checkpoint
 from longlive_jax.convert import hub, infer
 from longlive_jax.convert.detect import Found, Source, scan
 from longlive_jax.convert.reports import InspectReport, PartReport
@@ -45,7 +45,7 @@ def _describe_checkpoint(checkpoint: Checkpoint) -> InspectReport:
                 info.file,
                 "longlive-jax",
                 tensors=len(file.specs),
-                parameters=info.parameters,
+                parameters=count_parameters(file.specs),
                 dtype=info.dtype,
                 rank=info.rank,
             )

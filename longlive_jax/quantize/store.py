@@ -36,10 +36,11 @@ class QuantizeReport:
     Attributes:
       path: the checkpoint directory.
       config: the config stored in it.
-      before: bytes of the transformer in the precision it would be computed in.
-      after: bytes of the transformer as stored.
+      stored_in: precision of the source's transformer file.
+      disk: bytes of the transformer's file, before and after.
+      memory: bytes of its arrays once it is loaded in the precision of `config`, before and after.
       layers: linear layers that are 8-bit numbers now (a stack counts once per layer).
-      kept: linear layers that are not.
+      kept: linear layers that are not; they are in the precision of `config`.
       left_out: parts of the source that were not taken over.
       notes: things worth knowing, one line each.
       seconds: wall time.
@@ -47,25 +48,22 @@ class QuantizeReport:
 
     path: pathlib.Path
     config: PipelineConfig
-    before: int
-    after: int
+    stored_in: str
+    disk: tuple[int, int]
+    memory: tuple[int, int]
     layers: int
     kept: int
     left_out: tuple[LeftOut, ...]
     notes: tuple[str, ...]
     seconds: float
 
-    @property
-    def ratio(self) -> float:
-        """How many times smaller the transformer is."""
-        return self.before / self.after
-
     def __str__(self) -> str:
+        dtype = self.config.dtype
         lines = [
             f"wrote {self.path} ({self.config.quantization}, {self.seconds:.1f} s)",
-            f"  transformer: {self.before / 1e9:.3f} GB in {self.config.dtype} -> {self.after / 1e9:.3f} GB, "
-            f"{self.ratio:.2f}x smaller",
-            f"  {self.layers} linear layers in 8 bits, {self.kept} as they were",
+            f"  transformer on disk: {_change(self.disk, self.stored_in)}",
+            f"  transformer in memory: {_change(self.memory, dtype)}",
+            f"  {self.layers} linear layers in 8 bits, {self.kept} in {dtype}",
             *(f"  {item}" for item in self.left_out),
             *(f"  note: {note}" for note in self.notes),
         ]
@@ -109,7 +107,7 @@ def quantize_checkpoint(
     part = parts[0]  # the one that is generated with
     plan = _Plan.make(opened, part, recipe)
     copied = [name for name in _COPIED if name in opened.parts]
-    total = plan.after + sum(map(spec_bytes, _specs(opened, copied)))
+    total = plan.memory[1] + sum(map(spec_bytes, _specs(opened, copied)))
     storage.check_space(target.parent, total)
     report = progress or (lambda part, done, total: None)
     record = {**opened.source, "quantized": {"recipe": recipe, "from": opened.parts[part].digest}}
@@ -125,8 +123,9 @@ def quantize_checkpoint(
     return QuantizeReport(
         target,
         quantized,
-        before=plan.before,
-        after=plan.after,
+        stored_in=opened.parts[part].dtype,
+        disk=(_file_bytes(opened, part), _file_bytes(checkpoint.open_checkpoint(target), "transformer")),
+        memory=plan.memory,
         layers=plan.count(quantized=True),
         kept=plan.count(quantized=False),
         left_out=tuple(_left_out(opened, [part, *copied])),
@@ -174,12 +173,10 @@ class _Plan:
         return cls(file, tree.quantized_specs(plain, recipe), recipe, dtype, adapters, scale)
 
     @property
-    def before(self) -> int:
-        return sum(spec.size * self.dtype.itemsize for spec in self.file.specs.values())
-
-    @property
-    def after(self) -> int:
-        return sum(map(spec_bytes, self.target.values()))
+    def memory(self) -> tuple[int, int]:
+        """Bytes of the loaded arrays, before and after; those after are written as they are."""
+        before = sum(spec.size for spec in self.file.specs.values()) * self.dtype.itemsize
+        return before, sum(map(spec_bytes, self.target.values()))
 
     @property
     def notes(self) -> list[str]:
@@ -246,6 +243,18 @@ def _copies(file: TensorFile) -> Iterator[tuple[str, np.ndarray]]:
     return ((name, file.read(name)) for name in file.specs)
 
 
+def _file_bytes(opened: Checkpoint, part: str) -> int:
+    return opened.part_file(part).path.stat().st_size
+
+
+def _change(sizes: tuple[int, int], dtype: str) -> str:
+    """Bytes before, in `dtype`, and after, in words."""
+    before, after = sizes
+    unit, name = (2**30, "GiB") if before >= 2**30 else (2**20, "MiB")
+    sizes_text = f"{before / unit:.2f} {name} ({dtype}) -> {after / unit:.2f} {name}"
+    return f"{sizes_text}, {before / after:.2f}x smaller"
+
+
 def _specs(opened: Checkpoint, parts: list[str]) -> Iterator[Spec]:
     for part in parts:
         yield from opened.part_file(part).specs.values()
@@ -256,5 +265,6 @@ def _left_out(opened: Checkpoint, used: list[str]) -> Iterator[LeftOut]:
         "transformer_ema": "generation uses the transformer",
         "critic": "only training needs it",
         "critic_lora": "only training needs it",
+        "reader": "only training needs it",
     }
     return (LeftOut(part, reasons[part]) for part in opened.parts if part not in used and part in reasons)

@@ -16,14 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from longlive_jax.checkpoint import flatten, unflatten
+from longlive_jax.checkpoint import KERNEL_SCALE, flatten, unflatten
 from longlive_jax.config import Recipe
 from longlive_jax.quantize import numerics
 from longlive_jax.quantize.recipes import Rule, rule_of
 from longlive_jax.storage import Spec
 from longlive_jax.types import Array, Params
 
-KERNEL, SCALE = "kernel", "kernel_scale"
+KERNEL, SCALE = "kernel", KERNEL_SCALE
 
 
 def rule_for(recipe: Recipe, leaf: str) -> Rule | None:

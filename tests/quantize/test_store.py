@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import pytest
 
 from longlive_jax import checkpoint, lora, storage
 from longlive_jax.checkpoint import flatten, open_checkpoint
+from longlive_jax.convert.inspect import inspect
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.quantize import tree
@@ -46,10 +48,39 @@ def test_the_stored_checkpoint_is_what_quantising_at_load_makes(recipe, tiny, tm
     sizes = [
         sum(x.nbytes for x in jax.tree.leaves(Pipeline.load(p).params)) for p in (tiny, tmp_path / "small")
     ]
-    assert [report.before, report.after] == sizes
+    assert list(report.memory) == sizes
     assert (report.layers, report.kept) == (20, 7)
-    if recipe == "int8":
-        assert f"{report.ratio:.2f}x smaller" in str(report)
+
+
+def test_the_report_tells_disk_from_memory(tiny, tmp_path):
+    """Stored in bfloat16 and computed in float32: the file shrinks less than the arrays do."""
+    opened = open_checkpoint(tiny)
+    with checkpoint.create(tmp_path / "short", opened.config, source={}) as writer:
+        writer.add_tree("transformer", opened.load("transformer", dtype=jnp.bfloat16))
+    report = quantize_checkpoint(tmp_path / "short", tmp_path / "small", recipe="int8")
+    files = [tmp_path / name / "transformer.safetensors" for name in ("short", "small")]
+    assert list(report.disk) == [file.stat().st_size for file in files]
+    (disk, in_memory) = (before / after for before, after in (report.disk, report.memory))
+    assert disk < 0.6 * in_memory
+    text = str(report)
+    assert f"transformer on disk: {report.disk[0] / 2**20:.2f} MiB (bfloat16) -> " in text
+    assert f"transformer in memory: {report.memory[0] / 2**20:.2f} MiB (float32) -> " in text
+    assert f"{disk:.2f}x smaller" in text
+    assert f"{in_memory:.2f}x smaller" in text
+
+
+def test_scales_are_no_parameters(small, tiny, tmp_path):
+    """Also of a checkpoint whose config.json counted them."""
+    counts = [open_checkpoint(path).parts["transformer"].parameters for path in (tiny, small)]
+    assert counts[0] == counts[1] > 0
+    old = tmp_path / "old"
+    shutil.copytree(small, old)
+    values = json.loads((old / "config.json").read_text())
+    values["parts"]["transformer"]["parameters"] += 1000
+    (old / "config.json").write_text(json.dumps(values))
+    for path in (tiny, small, old):
+        (part,) = [part for part in inspect(path).parts if part.part == "transformer"]
+        assert part.parameters == counts[0]
 
 
 def test_a_lora_is_merged_first_and_only_what_generation_needs_is_taken(tiny, tmp_path):
@@ -121,7 +152,7 @@ def test_every_command_takes_it(small, tiny, longlive, tmp_path):
 def test_the_command_writes_a_checkpoint(tiny, longlive, tmp_path):
     result = longlive("quantize", tiny, "small", "--recipe", "fp8")
     assert result.status == 0, result
-    assert "20 linear layers in 8 bits, 7 as they were" in result.out
+    assert "20 linear layers in 8 bits, 7 in float32" in result.out
     assert open_checkpoint(tmp_path / "small").config.quantization == "fp8"
     assert longlive("quantize", tiny, "small", "--overwrite").status == 0
     assert open_checkpoint(tmp_path / "small").config.quantization == "int8"
