@@ -251,13 +251,8 @@ class _Models:
 
     def pipeline(self) -> pipeline.Pipeline:
         if self._pipeline is None:
-            overrides = {
-                field: getattr(self.config, field)
-                for field in (
-                    *("window", "sampler", "switch", "dtype", "attention"),
-                    *("quantization", "cache_dtype"),
-                )
-            }
+            fields = dataclasses.fields(self.config)
+            overrides = {field.name: getattr(self.config, field.name) for field in fields}
             self._pipeline = pipeline.Pipeline.load(self._opened.path, overrides=overrides)
         return self._pipeline
 

@@ -2,16 +2,17 @@
 
 import dataclasses
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 
 from longlive_jax import checkpoint
-from longlive_jax.config import PRESETS, VAEConfig
+from longlive_jax.config import PRESETS, WAN_LATENT_MEAN, VAEConfig
 from longlive_jax.convert import keys_text_encoder, keys_transformer, keys_vae
 from longlive_jax.errors import UserError
 from longlive_jax.models.tokenizer import train_word_tokenizer
-from longlive_jax.verify import COMPONENTS, verify
+from longlive_jax.verify import COMPONENTS, FLOAT32, read_recording, verify
 from tests.fixtures import CHECKPOINTS, load, weights
 from tests.models._loading import load_tree
 
@@ -99,6 +100,89 @@ def test_the_transformer_case_and_its_start_frame(released, tmp_path):
     assert rows[0].passed == same_weights
     # Rotary positions only enter as differences: moving all frames changes nothing but rounding.
     assert rows[1].max_error == pytest.approx(rows[0].max_error, rel=0.05, abs=1e-4)
+
+
+@pytest.fixture(scope="module")
+def toy_recording(tmp_path_factory):
+    """What diffusers computes with the bundled model's weights; its transformer predicts x0."""
+    opened = checkpoint.open_checkpoint("toy")
+    config, random = opened.config, np.random.default_rng(7)
+    latents = random.standard_normal((1, 2, 16, 8, 8), np.float32)
+    text = random.standard_normal((1, config.transformer.text_len, config.transformer.text_dim), np.float32)
+    timestep = np.asarray([625.0], np.float32)
+    transformer, vae = toy_transformer(opened), toy_vae(opened)
+    mean, std = (np.float32(v)[:, None, None] for v in (config.vae.latent_mean, config.vae.latent_std))
+    with torch.no_grad():
+        text_states, raw = torch.from_numpy(text), torch.from_numpy(latents * std + mean)
+        x0 = transformer(
+            torch.from_numpy(latents).transpose(1, 2), torch.from_numpy(timestep), text_states
+        ).sample.transpose(1, 2)
+        decoded = vae.decode(raw.transpose(1, 2)).sample.transpose(1, 2)
+    arrays = {
+        "transformer/latents": latents,
+        "transformer/timestep": timestep,
+        "transformer/text": text,
+        "transformer/flow": (latents - x0.numpy()) / 0.625,
+        "vae_decode/latents": latents,
+        "vae_decode/video": decoded.numpy(),
+    }
+    path = tmp_path_factory.mktemp("toy") / "recorded.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def toy_transformer(opened):
+    config = opened.config.transformer
+    model = diffusers.WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+    )
+    return loaded(model, opened, "transformer", keys_transformer.diffusers_table(config))
+
+
+def toy_vae(opened):
+    config = opened.config.vae
+    model = diffusers.AutoencoderKLWan(
+        base_dim=config.dim,
+        z_dim=config.z_dim,
+        dim_mult=list(config.dim_mult),
+        num_res_blocks=config.num_res_blocks,
+        temperal_downsample=list(config.temporal_downsample),
+    )
+    return loaded(model, opened, "vae", keys_vae.diffusers_table(config))
+
+
+def loaded(model, opened, part, table):
+    leaves = checkpoint.flatten(opened.load(part, dtype=np.float32))
+    state = {
+        name: rule.to_source(leaves[rule.target] if layer is None else leaves[rule.target][layer])
+        for name, rule, layer in table.sources()
+    }
+    model.load_state_dict({name: torch.tensor(value) for name, value in state.items()})
+    return model.eval()
+
+
+def test_the_bundled_model_passes(toy_recording):
+    """A model of x0 is compared by the velocity that follows from it."""
+    rows = verify("toy", toy_recording)
+    assert [(row.name, row.passed) for row in rows] == [("transformer", True), ("vae_decode", True)]
+    assert all(row.tolerance == FLOAT32 and row.scale > 0.1 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("component", "overrides"),
+    [("transformer", {"transformer.prediction": "v"}), ("vae_decode", {"vae.latent_mean": WAN_LATENT_MEAN})],
+    ids=["prediction", "latent_mean"],
+)
+def test_a_setting_that_is_not_the_bundled_models_fails(toy_recording, component, overrides, tmp_path):
+    arrays = read_recording(toy_recording)[component]
+    np.savez(tmp_path / "one.npz", **{f"{component}/{name}": array for name, array in arrays.items()})
+    (row,) = verify("toy", tmp_path / "one.npz", overrides=overrides)
+    assert not row.passed
 
 
 @pytest.mark.parametrize(

@@ -35,11 +35,15 @@ Write a checkpoint back in a layout that PyTorch users load.
   longlive-ema   one file with the averaged weights as generator_ema
   lora           one file like lora.pt, with PEFT's names
   wan            a folder in Wan2.1's original layout
+
+Our config goes along (longlive_jax.json in the folder, the entry longlive_jax of a file; PyTorch programs
+pass over both), so that `longlive convert` gives the same model back.
 """
 _EXPORT_EXAMPLES = """\
 examples:
   longlive export checkpoints/longlive-1.3b longlive_base.pt --layout longlive
   longlive export checkpoints/longlive-1.3b exported/ --layout wan
+  longlive convert exported/ checkpoints/again
 """
 _INSPECT = "Say what a file, a folder or a checkpoint holds, without reading its weights."
 

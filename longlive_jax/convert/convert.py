@@ -67,7 +67,8 @@ def convert(
         `transformer_ema`, "generator" drops them, "ema" makes them the transformer. A file that has
         only averaged weights gives them to the transformer in any case.
       parts: convert only these (names of `checkpoint.PARTS`, and "tokenizer"); None is all.
-      preset: a preset that decides what tensors and config files do not say.
+      preset: a preset that decides what tensors and config files do not say (with a model that we exported:
+        nothing, its config comes along).
       overrides: dotted settings, e.g. {"transformer.num_heads": 12}; they win.
       overwrite: replace an existing checkpoint at `destination`, in the end and in one step.
       progress: called while weights are written.
@@ -108,7 +109,7 @@ def convert(
         config,
         parts=[_report(plan) for plan in planned.plans],
         left_out=[*choice.left_out, *planned.left_out],
-        notes=[*choice.notes, *planned.notes],
+        notes=[*choice.notes, *_carried_notes(choice, preset), *planned.notes],
         bytes_written=total,
         seconds=time.monotonic() - start,
     )
@@ -205,10 +206,19 @@ def _select(source: Source, *, weights: Weights) -> tuple[dict[str, Found], list
 
 def _with_settings(found: Found, sources: Sequence[Source]) -> Found:
     """LongLive's files come without a config.json: the Wan folder's speaks for them."""
-    if found.settings or found.part not in _TRANSFORMERS:
+    if found.settings or found.carried or found.part not in _TRANSFORMERS:
         return found
-    settings = next((source.settings for source in sources if source.settings), {})
-    return dataclasses.replace(found, settings=settings)
+    speaking = [source for source in sources if source.settings] or [s for s in sources if s.carried]
+    if not speaking:
+        return found
+    return dataclasses.replace(found, settings=speaking[0].settings, carried=speaking[0].carried)
+
+
+def _carried_notes(choice: _Choice, preset: str | None) -> list[str]:
+    """Says that an exported config was used, and that it left a preset nothing to decide."""
+    used = dict.fromkeys(found.carried.short_where for found in choice.found.values() if found.carried)
+    unused = f"; preset={preset} adds nothing to it" if preset and used else ""
+    return [f"config: as exported, from {' and '.join(used)}{unused}"] if used else []
 
 
 def _plan(
@@ -238,7 +248,8 @@ def _plan(
             continue
         plan = make_plan(found, config, dtype=precision)
         rank = lora_rank(found)
-        alpha = lora_alpha or float(found.settings.get("lora_alpha", rank))
+        said = found.carried.alphas.get(part) if found.carried else None
+        alpha = lora_alpha or said or float(found.settings.get("lora_alpha", rank))
         facts[part] = {"alpha": alpha, "rank": rank}
         loras.append({"part": part, "origin": found.short_origin, "merged": lora == "merge", **facts[part]})
         if lora == "merge":

@@ -9,7 +9,8 @@ from typing import Any
 
 from longlive_jax import storage
 from longlive_jax.checkpoint import is_checkpoint, name_some
-from longlive_jax.convert import readers
+from longlive_jax.convert import carried, readers
+from longlive_jax.convert.carried import Carried
 from longlive_jax.convert.keys_text_encoder import TRANSFORMERS_ALIASES
 from longlive_jax.convert.readers import Group, LazyTensor
 from longlive_jax.convert.reports import LeftOut, PartReport
@@ -53,6 +54,7 @@ class Found:
       tensors: by the name that the layout's key table uses.
       settings: the config.json beside the file, empty if there is none.
       step: the training step the file names, if it does.
+      carried: what our export said about the model, if it is one that we exported.
     """
 
     part: str
@@ -61,6 +63,7 @@ class Found:
     tensors: Mapping[str, LazyTensor]
     settings: Mapping[str, Any]
     step: int | None = None
+    carried: Carried | None = None
 
     @property
     def short_origin(self) -> str:
@@ -97,6 +100,11 @@ class Source:
     tokenizer: pathlib.Path | None
     left_out: Sequence[LeftOut]
     settings: Mapping[str, Any]
+
+    @property
+    def carried(self) -> Carried | None:
+        """What our export said about the model, if any part here is one that we exported."""
+        return next((found.carried for found in self.found if found.carried is not None), None)
 
 
 def scan(path: pathlib.Path) -> Source:
@@ -142,7 +150,8 @@ def identify(group: Group) -> Found:
     else:
         require(group.key in (None, "model"), f"{group.origin}: a {part} is not expected in this entry")
     tensors = _renamed(group, layout)
-    return Found(part, layout, group.origin, tensors, _settings(group.path, layout), group.step)
+    settings = _settings(group.path, layout)
+    return Found(part, layout, group.origin, tensors, settings, group.step, _carried(group))
 
 
 def lora_rank(found: Found) -> int:
@@ -191,6 +200,13 @@ def _settings(path: pathlib.Path, layout: str) -> dict[str, Any]:
     if not file.is_file():
         return {}
     return storage.read_json(file)
+
+
+def _carried(group: Group) -> Carried | None:
+    """What our export wrote into the file, else beside it."""
+    if group.export is None:
+        return carried.beside(group.path)
+    return carried.parse(group.export, where=f"{group.path}:{carried.ENTRY}")
 
 
 def _model_settings(path: pathlib.Path, found: Sequence[Found]) -> Mapping[str, Any]:

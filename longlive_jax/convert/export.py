@@ -1,8 +1,8 @@
-"""Writes a checkpoint in the layouts that PyTorch users load."""
+"""Writes a checkpoint in the layouts that PyTorch users load, and beside it what they have no place for."""
 
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import ml_dtypes
@@ -10,10 +10,10 @@ import numpy as np
 
 from longlive_jax import storage
 from longlive_jax.checkpoint import Checkpoint, open_checkpoint
-from longlive_jax.config import TransformerConfig
-from longlive_jax.convert import keys_text_encoder, keys_tiny_vae, keys_transformer, keys_vae
+from longlive_jax.config import WAN_LATENT_MEAN, WAN_LATENT_STD, TransformerConfig
+from longlive_jax.convert import carried, keys_text_encoder, keys_tiny_vae, keys_transformer, keys_vae
 from longlive_jax.convert.readers import import_torch
-from longlive_jax.convert.reports import ExportReport, PartReport
+from longlive_jax.convert.reports import ExportReport, LeftOut, PartReport
 from longlive_jax.convert.table import Table
 from longlive_jax.errors import require
 from longlive_jax.lora import ALL_TARGETS
@@ -40,6 +40,9 @@ def export(
         transformer, where there are no others).
       "lora": a file like lora.pt, `{"generator_lora", "critic_lora", "step"}`, with PEFT's names.
       "wan": a folder in Wan2.1's original layout, with the parts that the checkpoint has.
+
+    Our config goes with them, as an entry of a file or as a file of the folder (see `carried`), so that
+    `convert` gives the same model back.
 
     Tensors keep the precision they are stored in. Files for `torch.load` are assembled in memory (one
     copy of what they hold); safetensors are streamed.
@@ -71,19 +74,37 @@ def export(
     require(target.parent.is_dir(), f"{target.parent}: no such folder; make it first")
     contents, parts = _torch_contents(opened, layout)
     _save_torch(contents, target)
+    return _export_report(opened, [target], parts, layout=layout)
+
+
+def _export_report(
+    checkpoint: Checkpoint, files: Sequence[pathlib.Path], parts: Sequence[PartReport], *, layout: str
+) -> ExportReport:
+    written = [part.part for part in parts]
+    absent = [part for part in checkpoint.parts if part not in written]
+    if checkpoint.has_tokenizer and layout != "wan":
+        absent.append("tokenizer")
+    left_out = [LeftOut(name, f"layout={layout} has no place for it") for name in absent]
+    return ExportReport(files, parts, _torch_notes(checkpoint, written), left_out)
+
+
+def _torch_notes(checkpoint: Checkpoint, parts: Collection[str]) -> list[str]:
+    """What PyTorch programs take for granted and this model does not keep to."""
+    config, infos = checkpoint.config, checkpoint.parts
     notes = [
-        f"{part}: the file has no place for alpha={opened.parts[part].alpha:g}; set it where it is loaded"
+        f"{part}: PyTorch programs must be told alpha={infos[part].alpha:g}"
         for part in ("lora", "critic_lora")
-        if layout == "lora" and part in opened.parts
+        if part in parts
     ]
-    return ExportReport([target], parts, notes + _prediction_note(opened))
-
-
-def _prediction_note(checkpoint: Checkpoint) -> list[str]:
-    """What a reader of a model of x0 must know, as the published layouts are of models of the velocity."""
-    if checkpoint.config.transformer.prediction == "v":
-        return []
-    return ["transformer: the files have no place for prediction='x0'; set it where they are loaded"]
+    networks = [part for part in parts if part in ("transformer", "transformer_ema", "critic")]
+    if networks and config.transformer.prediction != "v":
+        notes.append(
+            f"{networks[0]}: PyTorch programs must be told prediction={config.transformer.prediction!r}"
+        )
+    statistics = (config.vae.latent_mean, config.vae.latent_std)
+    if "vae" in parts and config.vae.family == "wan" and statistics != (WAN_LATENT_MEAN, WAN_LATENT_STD):
+        notes.append("vae: PyTorch programs must be told its latent_mean and latent_std, which are not Wan's")
+    return notes
 
 
 def _torch_contents(checkpoint: Checkpoint, layout: Layout) -> tuple[dict[str, Any], list[PartReport]]:
@@ -107,6 +128,7 @@ def _torch_contents(checkpoint: Checkpoint, layout: Layout) -> tuple[dict[str, A
     if layout == "lora":
         steps = checkpoint.source.get("steps", {})
         contents |= {"step": steps["lora"]} if "lora" in steps else {}
+    contents[carried.ENTRY] = carried.contents(checkpoint, [report.part for report in reports])
     return contents, reports
 
 
@@ -131,11 +153,13 @@ def _export_wan(checkpoint: Checkpoint, target: pathlib.Path, *, overwrite: bool
                 _save_torch(contents, folder / name)
                 files.append(name)
             reports.append(_report(checkpoint, part, tensors=count, layout="wan"))
+        storage.write_json(folder / carried.FILE, carried.contents(checkpoint, parts))
+        files.append(carried.FILE)
         if checkpoint.has_tokenizer:
             (folder / _WAN_TOKENIZER).parent.mkdir(parents=True)
             storage.copy_file(checkpoint.tokenizer_path, folder / _WAN_TOKENIZER)
             files.append(_WAN_TOKENIZER)
-    return ExportReport([target / file for file in files], reports, _prediction_note(checkpoint))
+    return _export_report(checkpoint, [target / file for file in files], reports, layout="wan")
 
 
 def _wan_config(config: TransformerConfig) -> dict[str, Any]:

@@ -1,19 +1,25 @@
-"""Works out the config of a model from the shapes of its tensors and the config files beside them."""
+"""Works out the config of a model from the shapes of its tensors and the config files beside them.
+
+The config of a model that we exported comes along and is taken as it is, once the tensors agree.
+"""
 
 import dataclasses
 import math
 import re
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 from longlive_jax import config as configs
 from longlive_jax import config_dict
 from longlive_jax.config import PipelineConfig, TextEncoderConfig, TransformerConfig, VAEConfig
 from longlive_jax.convert import keys_text_encoder, keys_transformer
+from longlive_jax.convert.carried import Carried
 from longlive_jax.convert.detect import Found
 from longlive_jax.convert.table import Table
 from longlive_jax.errors import UserError, require
+
+PartConfig = TypeVar("PartConfig", TransformerConfig, TextEncoderConfig, VAEConfig)
 
 # The release's head size; attention weights do not show where one head ends and the next begins.
 _HEAD_DIM = 128
@@ -54,7 +60,8 @@ def pipeline_config(
     """The config of the model whose parts were found.
 
     Args:
-      found: the parts by name. What is not there takes the preset's config, or fits the rest.
+      found: the parts by name. What is not there takes the config that the others were exported with, else
+        the preset's, or fits the rest.
       preset: name of the preset that decides what tensors do not show.
       overrides: dotted settings that win over everything else.
       settings: a transformer's config.json, for a model whose transformer is not there.
@@ -62,8 +69,10 @@ def pipeline_config(
     Raises:
       UserError: a setting cannot be worked out, or the parts do not fit together.
     """
-    base = configs.preset(preset or "wan_1_3b")
-    known = base if preset else None
+    named = configs.preset(preset or "wan_1_3b")
+    carried = _carried(found)
+    base = carried.config if carried else named
+    known = base if preset or carried else None
     sections = {part: _section(overrides, part) for part in ("transformer", "text_encoder", "vae")}
     vae = base.vae
     if "vae" in found:
@@ -86,7 +95,7 @@ def pipeline_config(
     try:
         result = dataclasses.replace(
             base,
-            name=preset or _name(transformer),
+            name=base.name if carried else preset or _name(transformer),
             transformer=transformer,
             text_encoder=text_encoder,
             vae=vae,
@@ -107,6 +116,12 @@ def _transformer(
                 found[part], preset=known.transformer if known else None, overrides=overrides
             )
     return None
+
+
+def _carried(found: Mapping[str, Found]) -> Carried | None:
+    """What decides about the model as a whole: the export of its transformer or LoRA, else of any part."""
+    generating = [item for part, item in found.items() if part not in ("text_encoder", "vae")]
+    return next((item.carried for item in generating or found.values() if item.carried is not None), None)
 
 
 def check_names(overrides: Mapping[str, Any]) -> None:
@@ -134,7 +149,7 @@ def transformer_config(
     preset: TransformerConfig | None = None,
     overrides: Mapping[str, Any] = MappingProxyType({}),
 ) -> TransformerConfig:
-    """The transformer's config: shapes, then config.json, then the preset, then the defaults."""
+    """The transformer's config: the exported one, else shapes, then config.json, preset and defaults."""
     tables = {"wan": keys_transformer.table, "diffusers": keys_transformer.diffusers_table}
     shapes = _Shapes(found, tables[found.layout](configs.WAN_1_3B))
     dim, channels, *patch = shapes["patch_embed/kernel", 5]
@@ -154,7 +169,10 @@ def transformer_config(
         f"{found.origin}: reads {channels} channels and writes others (an image-to-video model?); "
         "text-to-video models are supported",
     )
-    defaults = _kept(preset, ("text_len", "eps", *(("num_heads",) if preset and preset.dim == dim else ())))
+    if found.carried is not None:
+        return _exported(found, found.carried.config.transformer, {**settings, **seen}, overrides)
+    has_heads = preset is not None and preset.dim == dim
+    defaults = _kept(preset, ("text_len", "eps", "prediction", *(("num_heads",) if has_heads else ())))
     values = {**defaults, **settings, **seen}
     if "num_heads" in overrides:
         values["num_heads"] = 1  # holds the place until the overrides are applied, checked, below
@@ -191,6 +209,8 @@ def text_encoder_config(
         "num_layers": _num_layers(found),
         "num_buckets": num_buckets,
     }
+    if found.carried is not None:
+        return _exported(found, found.carried.config.text_encoder, seen, overrides)
     # In Wan's layout the config.json beside this file is the transformer's.
     settings = _settings(found, _TEXT_ENCODER_SETTINGS) if found.layout == "transformers" else {}
     defaults = {"text_len": text_len, **_kept(preset, ("max_distance", "pad_id", "eps"))}
@@ -205,7 +225,11 @@ def vae_config(
 ) -> VAEConfig:
     """The VAE's config: the walk over the encoder's levels gives their widths and strides."""
     if found.layout == "taehv":
-        return config_dict.override(_tiny_vae_config(found), overrides)
+        tiny = _tiny_vae_config(found)
+        if found.carried is not None:
+            seen = {name: value for name, value in vars(tiny).items() if name not in _VAE_SETTINGS}
+            return _exported(found, found.carried.config.vae, seen, overrides)
+        return config_dict.override(tiny, overrides)
     pattern, block_name = _VAE_LEVELS[found.layout]
     names = ("encoder.conv1", "conv2") if found.layout == "wan" else ("encoder.conv_in", "post_quant_conv")
     dim, z_dim = (_shape(found, f"{name}.weight", 5)[0] for name in names)
@@ -234,8 +258,12 @@ def vae_config(
         "num_res_blocks": blocks[0],
         "temporal_downsample": tuple(temporal),
     }
+    if found.carried is not None:
+        return _exported(found, found.carried.config.vae, {**seen, "family": "wan"}, overrides)
     settings = _settings(found, _VAE_SETTINGS) if found.layout == "diffusers" else {}
-    statistics = _kept(preset, ("latent_mean", "latent_std"))
+    # TAEHV's are those of no other VAE.
+    has_statistics = preset is not None and preset.family == "wan"
+    statistics = _kept(preset, ("latent_mean", "latent_std")) if has_statistics else {}
     values = {**statistics, **settings, **seen}
     inferred = config_dict.from_dict(VAEConfig, values, where=found.origin)
     return config_dict.override(inferred, overrides)
@@ -325,6 +353,20 @@ def _agree(found: Found, settings: Mapping[str, Any], seen: Mapping[str, Any]) -
         )
 
 
+def _exported(
+    found: Found, config: PartConfig, seen: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> PartConfig:
+    """The config a part was exported with; the files must not contradict it."""
+    assert found.carried is not None, found
+    for name, value in seen.items():
+        require(
+            getattr(config, name) == value,
+            f"{found.origin}: has {name}={value}, {found.carried.where} says {getattr(config, name)}; remove "
+            "that, if it is about another model",
+        )
+    return config_dict.override(config, overrides)
+
+
 def _section(overrides: Mapping[str, Any], name: str) -> dict[str, Any]:
     """The overrides of one part, e.g. `transformer.num_heads` as `num_heads`."""
     prefix = f"{name}."
@@ -347,7 +389,8 @@ def _fitting_transformer(
 ) -> TransformerConfig:
     """A stand-in for a transformer that the checkpoint does not have; a LoRA shows its size."""
     shapes: dict[str, Any] = {}
-    if lora := found.get("lora") or found.get("critic_lora"):
+    lora = found.get("lora") or found.get("critic_lora")
+    if lora is not None and lora.carried is None:
         inputs = {name: t.spec.shape[-1] for name, t in lora.tensors.items() if ".lora_A." in name}
         dims = [size for name, size in inputs.items() if ".ffn.2." not in name]
         hidden = [size for name, size in inputs.items() if ".ffn.2." in name]

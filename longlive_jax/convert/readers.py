@@ -20,6 +20,7 @@ import numpy as np
 
 from longlive_jax import storage
 from longlive_jax.checkpoint import name_some
+from longlive_jax.convert import carried
 from longlive_jax.convert.reports import LeftOut
 from longlive_jax.errors import UserError, require
 from longlive_jax.storage import Spec
@@ -62,12 +63,14 @@ class Group:
       key: the entry inside the file, or None.
       tensors: by name, the names of parallel and compiled wrappers removed.
       step: the training step that a PyTorch file names.
+      export: what our export wrote into a PyTorch file, not checked yet; see `carried`.
     """
 
     path: pathlib.Path
     key: str | None
     tensors: Mapping[str, LazyTensor]
     step: int | None = None
+    export: Mapping[str, Any] | None = None
 
     @property
     def origin(self) -> str:
@@ -222,18 +225,24 @@ def _split(path: pathlib.Path, value: Any, *, mapped: bool) -> tuple[list[Group]
     )
     flat = {str(name): item for name, item in value.items() if isinstance(item, torch.Tensor)}
     step = value.get("step") if type(value.get("step")) is int else None
+    export = value.get(carried.ENTRY)
+    require(
+        export is None or (isinstance(export, Mapping) and not _holds_tensors(export, torch)),
+        f"{path}: the entry {carried.ENTRY!r} is not what `longlive export` writes; remove it",
+    )
     groups, left_out = [], []
     if flat:
-        groups.append(Group(path, None, _lazy(path, flat, mapped=mapped), step))
+        groups.append(Group(path, None, _lazy(path, flat, mapped=mapped), step, export))
     for name, item in value.items():
-        if name in flat:
+        if name in flat or name == carried.ENTRY:
             continue
         if name in _WEIGHT_GROUPS and isinstance(item, Mapping):
             strangers = [str(k) for k, v in item.items() if not isinstance(v, torch.Tensor)]
             require(
                 not strangers, f"{path}: {name} holds something other than tensors: {name_some(strangers)}"
             )
-            groups.append(Group(path, str(name), _lazy(path, dict(item), mapped=mapped), step))
+            tensors = _lazy(path, dict(item), mapped=mapped)
+            groups.append(Group(path, str(name), tensors, step, export))
         elif any(word in str(name) for word in _TRAINING_STATE):
             left_out.append(LeftOut(f"{path.name}:{name}", "training state"))
         elif _holds_tensors(item, torch):

@@ -83,15 +83,28 @@ class ConvertReport:
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport:
-    """Result of an export: the files that were written and what they hold."""
+    """Result of an export.
+
+    Attributes:
+      files: what was written.
+      parts: what the files hold.
+      notes: things worth knowing, one line each.
+      left_out: what the checkpoint holds besides.
+    """
 
     files: Sequence[pathlib.Path]
     parts: Sequence[PartReport]
     notes: Sequence[str] = ()
+    left_out: Sequence[LeftOut] = ()
 
     def __str__(self) -> str:
         return "\n".join(
-            [*(f"wrote {file}" for file in self.files), *_lines(self.parts), *_notes(self.notes)]
+            [
+                *(f"wrote {file}" for file in self.files),
+                *_lines(self.parts),
+                *_lines(self.left_out),
+                *_notes(self.notes),
+            ]
         )
 
 
