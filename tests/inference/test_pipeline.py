@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -144,6 +145,14 @@ def test_the_next_block_is_handed_over_before_the_last_one_is_fetched():
     for i in one_ahead(blocks()):
         events.append(f"fetch {i}")
     assert events == ["hand over 0", "hand over 1", "fetch 0", "hand over 2", "fetch 1", "fetch 2"]
+
+
+def test_nothing_goes_to_the_device_between_blocks(pipe):
+    """Neither for latents nor for pixels; what is fetched, is fetched at the end."""
+    stream = pipe.stream(PROMPT, frames=12, seed=3)
+    next(stream)
+    with jax.transfer_guard_host_to_device("disallow"):
+        assert len(list(stream)) == 3
 
 
 def test_a_checkpoint_without_a_vae_still_gives_latents(tiny_checkpoint, tmp_path, pipe):

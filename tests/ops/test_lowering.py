@@ -11,6 +11,7 @@ from longlive_jax.errors import UserError
 from longlive_jax.inference import rollout
 from longlive_jax.models.transformer import Transformer, init_params
 from longlive_jax.ops.windowed_attention import api, pallas_mosaic_gpu
+from longlive_jax.quantize import numerics
 
 S = jax.ShapeDtypeStruct
 QUERY = S((1, 4680, 12, 128), jnp.bfloat16)
@@ -109,3 +110,28 @@ def test_auto_takes_the_kernel_over_a_cache_where_it_can_read_it(as_if_on_hopper
     assert chosen(12) == chosen(16, jnp.float32) == "reference"
     assert api.choose(query, "auto") == "reference"
     assert api.choose(query, "pallas_mosaic_gpu") == "pallas_mosaic_gpu"
+
+
+@pytest.mark.parametrize(("frame_len", "expected"), [(8, "pallas_mosaic_gpu"), (900, "reference")])
+def test_auto_over_a_cache_in_8_bits(as_if_on_hopper, frame_len, expected):
+    """Made dense it has 9 frames of tokens, of which the kernel takes multiples of 8 (480x480 has 8100)."""
+    query = jnp.zeros((1, 64, 1, 64), jnp.bfloat16)
+    cached = numerics.quantize_tokens(
+        jnp.zeros((1, 9, frame_len, 1, 64), jnp.bfloat16), "int8", centred=False
+    )
+    context = api.CachedContext(cached, cached, jnp.ones(1, jnp.int32))
+    assert api.choose(query, "auto", context) == expected
+    lowered(lambda q: api.windowed_attention(q, q, q, context=context), query)  # and it runs
+
+
+def test_auto_says_on_a_gpu_why_it_takes_the_reference(monkeypatch, caplog):
+    query = jnp.zeros((1, 64, 1, 64), jnp.float32)
+    assert api.choose(query, "auto") == "reference"
+    assert not caplog.records  # a CPU has nothing else
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    api._warn_once.cache_clear()
+    for _ in range(2):
+        assert api.choose(query, "auto") == "reference"
+    assert [r.getMessage() for r in caplog.records] == [
+        "attention='auto' takes the slow reference (cudnn: dtype is float32, not bfloat16 or float16)"
+    ]

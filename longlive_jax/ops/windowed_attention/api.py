@@ -9,6 +9,10 @@ float32; the weights are rounded to the dtype of `value` before the second produ
 divided by is that of the unrounded ones; the result is rounded once to the dtype of `query`.
 """
 
+import functools
+import logging
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +23,8 @@ from longlive_jax.errors import UserError, require
 from longlive_jax.ops.windowed_attention import cudnn, reference
 from longlive_jax.quantize.numerics import Quantized
 from longlive_jax.types import Array, pytree
+
+_logger = logging.getLogger(__name__)
 
 
 @pytree
@@ -76,7 +82,7 @@ def windowed_attention(
         size that is a multiple of 8 up to 128; "pallas_mosaic_gpu" needs a Hopper GPU (H100, H200), float16
         or bfloat16, a head size of 64 or 128 and a cache of a multiple of 8 tokens. "auto" takes
         pallas_mosaic_gpu where it can run and there is a cached context, cudnn where that can run, and
-        the reference elsewhere.
+        the reference elsewhere; on a GPU a warning then says why.
 
     Returns:
       `[B, T, N, H]` in the dtype of `query`.
@@ -101,7 +107,8 @@ def windowed_attention_lse(
     """`windowed_attention` and the log-sum-exp of its logits, with which several results can be joined.
 
     The arguments are those of `windowed_attention`, but cuDNN cannot do it: its log-sum-exp comes rounded to
-    the dtype of the query. "auto" takes pallas_mosaic_gpu where it can run, the reference elsewhere.
+    the dtype of the query. "auto" takes pallas_mosaic_gpu where it can run, the reference elsewhere (on a GPU
+    a warning then says why).
 
     Returns:
       `[B, T, N, H]` in the dtype of `query`, and float32 `[B, N, T]`.
@@ -111,7 +118,7 @@ def windowed_attention_lse(
     """
     require(implementation != "cudnn", "attention='cudnn' gives no log-sum-exp; use 'pallas_mosaic_gpu'")
     if implementation == "auto":
-        implementation = "pallas_mosaic_gpu" if _fits_pallas(query, context) else "reference"
+        implementation = _first_without_obstacle(("pallas_mosaic_gpu",), query, context)
     return _attend(query, key, value, context, choose(query, implementation, context))
 
 
@@ -127,9 +134,9 @@ def choose(
       UserError: one was asked for where it cannot run; nothing else takes its place.
     """
     if implementation == "auto":
-        if context is not None and _fits_pallas(query, context):
-            return "pallas_mosaic_gpu"
-        return "reference" if _obstacle("cudnn", query) else "cudnn"
+        if context is None:
+            return _first_without_obstacle(("cudnn",), query, context)
+        return _first_without_obstacle(("pallas_mosaic_gpu", "cudnn"), query, context)
     obstacle = _obstacle(implementation, query)
     if obstacle:
         raise UserError(
@@ -138,8 +145,28 @@ def choose(
     return implementation
 
 
+def _first_without_obstacle(
+    preferred: Sequence[AttentionImplementation], query: Array, context: CachedContext | None
+) -> AttentionImplementation:
+    """The first implementation that can take this call; else the reference, which a GPU's user is told."""
+    obstacles = {}
+    for name in preferred:
+        obstacle = _obstacle(name, query) or (_unaligned(context) if name == "pallas_mosaic_gpu" else None)
+        if obstacle is None:
+            return name
+        obstacles[name] = obstacle
+    if jax.default_backend() != "cpu":
+        _warn_once("; ".join(f"{name}: {obstacle}" for name, obstacle in obstacles.items()))
+    return "reference"
+
+
+@functools.cache
+def _warn_once(obstacles: str) -> None:
+    _logger.warning("attention='auto' takes the slow reference (%s)", obstacles)
+
+
 def _obstacle(implementation: AttentionImplementation, query: Array) -> str | None:
-    """Why an implementation cannot take this call on the default device, or None if it can."""
+    """Why an implementation cannot take such queries on the default device, or None if it can."""
     platform = jax.default_backend()
     if implementation == "cudnn":
         return cudnn.obstacle(query, platform=platform)
@@ -148,13 +175,13 @@ def _obstacle(implementation: AttentionImplementation, query: Array) -> str | No
     return None
 
 
-def _fits_pallas(query: Array, context: CachedContext | None) -> bool:
-    return _obstacle("pallas_mosaic_gpu", query) is None and _cached_tokens(context) % 8 == 0
-
-
-def _cached_tokens(context: CachedContext | None) -> int:
-    """K of a context that a kernel would read in place; 0 for one that is made dense first."""
-    return 0 if context is None or isinstance(context.key, Quantized) else context.key.shape[-3]
+def _unaligned(context: CachedContext | None) -> str | None:
+    """Why the Pallas kernel cannot read a cache, or None if it can; one in 8 bits is made dense first."""
+    if context is None:
+        return None
+    shape, rows = context.key.shape, _pallas().ROWS
+    tokens = math.prod(shape[-4:-2]) if isinstance(context.key, Quantized) else shape[-3]
+    return f"the cache has {tokens} tokens, not {rows} n" if tokens % rows else None
 
 
 def _pallas() -> Any:
