@@ -7,11 +7,14 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-# The toy recipe in order: every run begins with the export of the one before it (docs/training.md).
+# The toy recipe in order: every run begins with the export of the one before it (docs/training.md), the last
+# two with the mean of late exports of `long`.
 TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init long
+TOY_TUNING := reader reward
+TOY_MEAN := $(addprefix runs/toy/long/exports/,000360 000420 000480 000540)
 # Where `make toy-bundle` finds them, and the checkpoints whose mean it ships.
 TOY ?= runs/toy
-SHIPPED ?= $(addprefix $(TOY)/long/exports/,000360 000420 000480 000540)
+SHIPPED ?= $(TOY)/reward/export
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Compiling is most of a short test: without LLVM's optimisations (XLA's own remain, and what the audits of
@@ -49,11 +52,18 @@ demo: $(VENV)/.demo
 	@$(BIN)/python examples/demo.py outputs/demo
 
 # A finished run has a report, and is not touched again.
-toy: $(VENV)/.demo
-	@for run in $(TOY_RUNS); do \
+define trained
+	@for run in $(1); do \
 	  test -f runs/toy/$$run/report.json || \
 	  $(BIN)/longlive train configs/toy/$$run.py --resume auto || exit $$?; \
 	done
+endef
+
+toy: $(VENV)/.demo
+	$(call trained,$(TOY_RUNS))
+	@test -d runs/toy/long_mean || \
+	  $(BIN)/python -m longlive_jax.toy.bundle weights --to runs/toy/long_mean $(TOY_MEAN)
+	$(call trained,$(TOY_TUNING))
 
 # What is measured is what is shipped. Goes on where it was stopped, like the training.
 toy-bundle: $(VENV)/.demo

@@ -28,7 +28,7 @@ Rules: TypeAlias = Sequence[tuple[str, P]]
 
 RULES: Rules = (
     # The sequences that long tuning carries have an axis of micro-batches in front.
-    (r"^extra/cache/(key|value|sink_key)$", P(None, None, BATCH)),
+    (r"^extra/(.*/)?cache/(key|value|sink_key)$", P(None, None, BATCH)),
     (r"^extra/", P(None, BATCH)),
     # A rollout: keys and values [L, B, S, P, N, H], everything else of it begins with the batch.
     (r"cache/(key|value|sink_key)$", P(None, BATCH)),

@@ -1,4 +1,4 @@
-"""The toy student over long videos: streaming long tuning on sequences of 240 latent frames, with a LoRA.
+"""The toy student over long videos: streaming long tuning on sequences of 57 latent frames, with a LoRA.
 
     longlive train configs/toy/long.py
 

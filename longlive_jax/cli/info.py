@@ -5,6 +5,7 @@ import platform
 from typing import Any, get_args
 
 import longlive_jax
+from longlive_jax.cli import options
 from longlive_jax.cli.common import add_settings
 from longlive_jax.config import PRESETS, DType, preset
 from longlive_jax.errors import UserError, require
@@ -83,6 +84,7 @@ def _add_verify(commands: Any) -> None:
             f"--{name}", type=float, metavar="X", help=f"largest error, {what} (default: by dtype; give both)"
         )
     add_settings(parser)
+    options.add_compile_cache(parser)
     parser.set_defaults(run=_run_verify, parser=parser)
 
 
@@ -152,6 +154,8 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     )
     from longlive_jax.verify import Tolerance, verify, verify_layers
 
+    if arguments.compile_cache is not False:
+        options.enable_compile_cache()
     overrides = dict(arguments.settings) | ({"dtype": arguments.dtype} if arguments.dtype else {})
     if arguments.layers is not None:
         require(not given, "--rtol and --atol do not apply to --layers, which only shows errors")

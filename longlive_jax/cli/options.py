@@ -102,12 +102,17 @@ def add_machine(group: Any) -> None:
         choices=("default", "cpu"),
         help="where the text encoder runs; cpu saves accelerator memory and is slow",
     )
+    add_compile_cache(group)
+    group.add_argument("--quiet", action="store_true", default=None, help="no progress")
+
+
+def add_compile_cache(group: Any) -> None:
+    """Adds the option that leaves out `enable_compile_cache`."""
     group.add_argument(
         "--compile-cache",
         action=argparse.BooleanOptionalAction,
         help="keep compiled programs in $LONGLIVE_CACHE or ~/.cache/longlive-jax (default: yes)",
     )
-    group.add_argument("--quiet", action="store_true", default=None, help="no progress")
 
 
 def overrides(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -31,7 +31,10 @@ NAMES = tuple(name for name in get_args(Recipe) if name != "none")
 def add_command(commands: Any) -> None:
     """Adds the command."""
     parser = commands.add_parser(
-        "quantize", help="store the transformer in 8 bits, half as large", description=_QUANTIZE, epilog=_EXAMPLES
+        "quantize",
+        help="store the transformer in 8 bits, half as large",
+        description=_QUANTIZE,
+        epilog=_EXAMPLES,
     )
     parser.add_argument("checkpoint", metavar="SRC", help="checkpoint directory")
     parser.add_argument("destination", metavar="DST", help="checkpoint directory to make")

@@ -4,6 +4,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
+from longlive_jax.cli import options
 from longlive_jax.cli.common import setting
 from longlive_jax.errors import UserError, require
 
@@ -16,7 +17,8 @@ Train one stage of the recipe. A config file is Python with a `get_config()`; an
 by its dotted name. Everything is written to run.folder: checkpoints, metrics, a report, and `export`,
 the checkpoint directory that `longlive generate` reads and that the next stage begins with.
 
-Ctrl-C and SIGTERM save before they end the run; --resume auto goes on where it stopped, even after kill -9.
+Ctrl-C and SIGTERM save before they end the run (ahead of its first step there is nothing to save);
+--resume auto goes on where it stopped, even after kill -9.
 
 On several machines the same command is started on each, with --distributed where Slurm, Open MPI, Kubernetes
 or a Cloud TPU says who they are, else with --coordinator, --processes and --process.
@@ -49,6 +51,7 @@ def add_command(commands: Any) -> None:
         default="never",
         help="auto: continue the run that run.folder holds, if there is one (default: refuse it)",
     )
+    options.add_compile_cache(parser)
     parser.add_argument("--quiet", action="store_true", help="no progress on standard error")
     several = parser.add_argument_group("several processes")
     several.add_argument(
@@ -71,6 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
         if names.count(name) > 1:
             raise UserError(f"{name} is given more than once")
     config = load_config(arguments.config, dict(arguments.settings))
+    if arguments.compile_cache is not False:
+        options.enable_compile_cache()
     if address is None and not arguments.distributed:
         return train(config, resume=arguments.resume, is_quiet=arguments.quiet)
     processes.connect(address)  # nothing has touched a device so far

@@ -25,7 +25,7 @@ METRICS_FILE = "metrics.jsonl"
 _MAX_BYTES = 500_000_000
 _SAMPLES = 4  # latest samples of a training run that are shown
 _LONG_TABLE = "Differences from the baseline"
-_NO_CURVES = ("step", "seconds", "time")
+_NO_CURVES = ("step", "seconds", "total_seconds", "time")
 
 
 @dataclasses.dataclass(frozen=True)

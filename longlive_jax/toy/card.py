@@ -15,6 +15,8 @@ _TRAINS = {
     "causal_init": "the causal student, from the teacher's weights",
     "init": "the student in four steps, by distribution matching on its own rollouts",
     "long": "the student on its own long rollouts with prompt switches",
+    "reader": "what reads attributes from latents",
+    "reward": "the student, by what the reader sees in its own rollouts",
 }
 """What every stage trains."""
 
@@ -60,6 +62,7 @@ _SWITCH_ROWS = (
     *((f"held.{name}", f"... new {name} alone") for name in VALUES if name != "shape"),
     *((f"held.shape.{name}", f"... new {name} alone") for name in VALUES["shape"]),
     ("stays", "switches after which the unchanged attributes stay"),
+    ("obeyed", "switches whose new attributes hold while the unchanged ones stay"),
     ("jump", "jump at the boundary over the typical change between frames"),
     ("jump.place", "jump of the place, in pixels"),
     ("jump.size", "jump of the size, as a share of the world's range"),
@@ -82,6 +85,8 @@ def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[t
       UserError: not exactly one report is the checkpoint's, or that of a base is missing.
     """
     last = [name for name, report in reports.items() if _is_of(report, source)]
+    if not last:  # a checkpoint from before the end of its run
+        last = [name for name, report in reports.items() if _is_of(report, source, early=True)]
     require(
         len(last) == 1,
         f"runs: {len(last)} reports (of {', '.join(reports) or 'none'}) are of the stage, steps and seed "
@@ -98,11 +103,11 @@ def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[t
     return found[::-1]
 
 
-def _is_of(report: Report, source: Mapping[str, Any]) -> bool:
-    run = report["settings"]["run"]
-    return (report["stage"], run["steps"], run["seed"]) == tuple(
-        source.get(name) for name in ("stage", "steps", "seed")
-    )
+def _is_of(report: Report, source: Mapping[str, Any], *, early: bool = False) -> bool:
+    """Whether a checkpoint is of a run: of its end, or of an earlier step."""
+    run, steps = report["settings"]["run"], source.get("steps") or 0
+    same = (report["stage"], run["seed"]) == (source.get("stage"), source.get("seed"))
+    return same and (0 < steps < report["steps"] if early else steps in (report["steps"], run["steps"]))
 
 
 def render(
@@ -195,10 +200,17 @@ def _recipe(reports: Sequence[tuple[str, Report]], averaged: int) -> str:
     return f"""\
 ## Training
 
-`make toy` repeats it: {total:.1f} hours of steps in all, on {" and ".join(devices)}.
-Hours are steps times the median seconds per step. The settings of every run are in `configs/toy`.{mean}
+{total:.1f} hours of steps in all, on {" and ".join(devices)}.
+Hours are steps times the mean seconds per step. The settings of every run are in `configs/toy`;
+`make toy` repeats them{_more(reports)}.{mean}
 
 {chr(10).join(lines)}"""
+
+
+def _more(reports: Sequence[tuple[str, Report]]) -> str:
+    """What a repetition does otherwise: runs that were stopped early are made to their end."""
+    early = [name for name, report in reports if report["steps"] < report["settings"]["run"]["steps"]]
+    return f", with all planned steps of {', '.join(f'`{name}`' for name in early)}" if early else ""
 
 
 def _clip_frames(settings: Mapping[str, Any]) -> int:

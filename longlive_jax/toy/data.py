@@ -16,8 +16,17 @@ import numpy as np
 
 from longlive_jax.errors import require
 from longlive_jax.toy.grammar import describe_codes, describe_scenes
-from longlive_jax.toy.renderer import render
-from longlive_jax.toy.world import TEMPLATE_COUNT, Split, World, generator, sample_scenes, sample_switch
+from longlive_jax.toy.misshapen import draw_misshapen
+from longlive_jax.toy.renderer import Drawing, render
+from longlive_jax.toy.world import (
+    MOTION,
+    TEMPLATE_COUNT,
+    Split,
+    World,
+    generator,
+    sample_scenes,
+    sample_switch,
+)
 
 Tokenizer = Callable[[list[str]], np.ndarray]
 """Turns B captions into token ids, int [B, M]; must be picklable for `mp_prefetch`."""
@@ -26,6 +35,7 @@ Batch = dict[str, np.ndarray]
 
 _SWITCH_STREAM = 1  # keeps a pair's switch independent of its scene: (seed, index, 1) against (seed, index)
 _STORY_STREAM = 2  # and whether and when a clip switches independent of both
+_DRAWING_STREAM = 4  # and what is misshapen (3: the noise of `training.trajectories`)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,6 +202,25 @@ def switch_places(
         stream = generator(seed, int(index), _STORY_STREAM)
         places.append(stream.choice(choices) if stream.random() < share else 0)
     return np.array(places, np.int32)
+
+
+def drawings(
+    codes: np.ndarray, *, share: float, seed: int, indices: Sequence[int] | np.ndarray
+) -> list[Drawing | None]:
+    """Draws which clips show a misshapen sprite, and what; None for the others.
+
+    Args:
+      codes: attributes of the clips, int [B, 4].
+      share: of the clips that are misshapen, in [0, 1].
+      seed: names the data set.
+      indices: of the clips, [B].
+    """
+    drawn: list[Drawing | None] = []
+    for index, row in zip(indices, codes, strict=True):
+        stream = generator(seed, int(index), _DRAWING_STREAM)
+        is_misshapen = stream.random() < share
+        drawn.append(draw_misshapen(int(row[MOTION]), stream=stream) if is_misshapen else None)
+    return drawn
 
 
 def prompt_maker(

@@ -6,8 +6,9 @@ changes.
 """
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -29,6 +30,9 @@ _HALF_SIDE = np.sqrt(np.pi) / 2  # square of the area of the unit disc
 _INRADIUS = np.sqrt(np.pi / (3 * np.sqrt(3)))  # equilateral triangle of that area
 _HOLE = 0.5  # inner over outer radius of the ring
 _OUTER = 1 / np.sqrt(1 - _HOLE**2)  # outer radius of the ring of that area
+
+Drawing = Callable[[np.ndarray, np.ndarray, float], np.ndarray]
+"""Coverage `[n, Y, X]` of a sprite from `(dx [n, X], dy [n, Y], size)`, as `coverage` for a shape."""
 
 _CHUNK = 16  # frames drawn together: the working set stays in the second-level cache
 
@@ -67,7 +71,14 @@ class Story:
         return self.codes[:, np.searchsorted(self.starts, frame, side="right") - 1]
 
 
-def render(world: World, scenes: Scenes, *, frames: int, first_frame: int = 0) -> np.ndarray:
+def render(
+    world: World,
+    scenes: Scenes,
+    *,
+    frames: int,
+    first_frame: int = 0,
+    drawings: Sequence[Drawing | None] | None = None,
+) -> np.ndarray:
     """Renders clips in which the attributes do not change.
 
     Args:
@@ -75,16 +86,23 @@ def render(world: World, scenes: Scenes, *, frames: int, first_frame: int = 0) -
       scenes: the B scenes.
       frames: video frames V to render.
       first_frame: number of the first one (a long video may be rendered in pieces).
+      drawings: B drawings, each instead of the shape that the scene asks for; None draws that shape.
 
     Returns:
       Video [B, V, Y, X, 3], float32 in [-1, 1].
     """
     story = Story(starts=(0,), codes=scenes.codes[:, None])
-    return render_story(world, scenes, story, frames=frames, first_frame=first_frame)
+    return render_story(world, scenes, story, frames=frames, first_frame=first_frame, drawings=drawings)
 
 
 def render_story(
-    world: World, scenes: Scenes, story: Story, *, frames: int, first_frame: int = 0
+    world: World,
+    scenes: Scenes,
+    story: Story,
+    *,
+    frames: int,
+    first_frame: int = 0,
+    drawings: Sequence[Drawing | None] | None = None,
 ) -> np.ndarray:
     """Renders clips whose prompted attributes change at given frames; everything else continues.
 
@@ -94,6 +112,7 @@ def render_story(
       story: the attributes over time.
       frames: video frames V to render.
       first_frame: number of the first one.
+      drawings: see `render`.
 
     Returns:
       Video [B, V, Y, X, 3], float32 in [-1, 1].
@@ -114,11 +133,13 @@ def render_story(
         codes = story.at(1, first_frame=first_frame + begin)[:, 0]
         for clip in range(len(scenes)):
             background, sprite = _colours(world, scenes, clip, codes[clip])
+            shape = functools.partial(coverage, int(codes[clip, SHAPE]))
+            draw = (drawings[clip] if drawings is not None else None) or shape
             contrast = sprite - background
             for at in range(begin, end, _CHUNK):
                 to = min(at + _CHUNK, end)
                 dx, dy = offsets(world, centres[clip, at:to])
-                alpha = coverage(int(codes[clip, SHAPE]), dx, dy, scenes.size[clip])
+                alpha = draw(dx, dy, scenes.size[clip])
                 np.multiply(alpha[..., None], contrast, out=video[clip, at:to])
                 video[clip, at:to] += background
     return video
@@ -203,6 +224,10 @@ def signed_distance(shape: int, dx: np.ndarray, dy: np.ndarray, size: float | np
 
 def coverage(shape: int, dx: np.ndarray, dy: np.ndarray, size: float | np.ndarray) -> np.ndarray:
     """Share of every pixel that the sprite covers, float32 [n, Y, X] in [0, 1]; arguments as above."""
-    alpha = signed_distance(shape, dx, dy, size)
-    np.subtract(np.float32(0.5), alpha, out=alpha)
-    return np.clip(alpha, 0, 1, out=alpha)
+    return covered(signed_distance(shape, dx, dy, size))
+
+
+def covered(distance: np.ndarray) -> np.ndarray:
+    """Coverage of the pixels at a signed distance from the edge, float32, in the place of its argument."""
+    np.subtract(np.float32(0.5), distance, out=distance)
+    return np.clip(distance, 0, 1, out=distance)

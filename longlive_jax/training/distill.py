@@ -21,18 +21,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from longlive_jax import lora, sharding
-from longlive_jax.config import PipelineConfig, TransformerConfig
-from longlive_jax.inference.parts import transformer_of, vae_of
-from longlive_jax.inference.rollout import Generator
+from longlive_jax.config import TransformerConfig
+from longlive_jax.inference.parts import vae_of
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE
 from longlive_jax.training import losses
 from longlive_jax.training import state as states
 from longlive_jax.training.config import DistillTraining, LongTraining
 from longlive_jax.training.losses import DMDConfig, ScoreFn
-from longlive_jax.training.rollout import Rollout, SelfForcing, Sequence, Switch, draw_exit_steps
+from longlive_jax.training.rollout import Rollout, Sequence
 from longlive_jax.training.state import Metrics, TrainState
-from longlive_jax.training.streaming import Streaming
+from longlive_jax.training.student import Student
 from longlive_jax.types import Array, Params, PRNGKey, pytree
 
 GENERATOR, CRITIC = "generator", "critic"
@@ -56,52 +55,10 @@ class Given:
 
 
 @dataclasses.dataclass(frozen=True)
-class Distillation:
-    """How a stage distils. Hashable: everything that is fixed before a program is compiled.
-
-    Attributes:
-      config: the stage's.
-      model: its model, with the latent statistics of its base.
-      mesh: where it runs.
-    """
+class Distillation(Student):
+    """How a stage distils: the student, which is the module of generator and critic, and the teacher."""
 
     config: DistillTraining
-    model: PipelineConfig
-    mesh: jax.sharding.Mesh
-
-    @functools.cached_property
-    def forcing(self) -> SelfForcing:
-        """How clips are generated."""
-        rollout = self.config.rollout
-        keep_sink = isinstance(self.config, LongTraining) and self.config.streaming.keep_sink
-        return SelfForcing(
-            Generator(self.student, self.model.window, self.model.sampler),
-            cache_gradient=rollout.cache_gradient,
-            text_gradient=rollout.text_gradient,
-            renoise_context=rollout.renoise_context,
-            keep_sink=keep_sink,
-        )
-
-    @functools.cached_property
-    def streaming(self) -> Streaming:
-        """How sequences are cut into clips (stage `long`)."""
-        assert isinstance(self.config, LongTraining), self.config
-        streaming = self.config.streaming
-        return Streaming(
-            self.forcing,
-            clip_frames=self.config.rollout.clip_frames,
-            new_frames=streaming.new_frames,
-            sequence_frames=streaming.sequence_frames,
-        )
-
-    @functools.cached_property
-    def student(self) -> Transformer:
-        """The module of generator and critic."""
-        return dataclasses.replace(
-            transformer_of(self.model),
-            remat=self.config.remat,
-            batch_sharding=sharding.batch_sharding(self.mesh),
-        )
 
     @functools.cached_property
     def teacher(self) -> Transformer:
@@ -112,11 +69,6 @@ class Distillation:
     def vae(self) -> WanVAE:
         """The VAE's module."""
         return vae_of(self.model)
-
-    @property
-    def latent_size(self) -> tuple[int, int]:
-        """(h, w)."""
-        return self.model.latent_size(self.model.video.height, self.model.video.width)
 
     def weights(self, given: Given, name: str, trained: Params) -> Params:
         """The parameters of the generator or the critic from those under training."""
@@ -152,26 +104,9 @@ def begin_long(
       name: the network whose update needs them.
 
     Returns:
-      What `TrainState.extra` holds: a `Sequence` with an axis of micro-batches in front,
-      `[n, B / n, ...]`, each with a switch frame of its own.
+      See `Student.begin_long`.
     """
-    config = distillation.config
-    assert isinstance(config, LongTraining), config
-    parts = config.run.micro_batches
-    choices = jnp.asarray(config.streaming.switch_frames or (0,), jnp.int32)
-
-    def one(part: tuple[Array, Array | None], key: PRNGKey) -> Sequence:
-        text, switch_text = part
-        seeds_key, switch_key = jax.random.split(key)
-        switch = None
-        if switch_text is not None:
-            switch = Switch(switch_text, jax.random.choice(switch_key, choices))
-        seeds = jax.random.bits(seeds_key, text.shape[:1], jnp.uint32)
-        return distillation.streaming.begin(text, seeds, latent_size=distillation.latent_size, switch=switch)
-
-    keys = jax.random.split(jax.random.fold_in(_key(state, name), 1), parts)
-    sequences = jax.vmap(one)(states.split_rows((text, switch_text), parts), keys)
-    return sharding.constrain(sequences, distillation.mesh, prefix="extra")
+    return distillation.begin_long(text, switch_text, jax.random.fold_in(_key(state, name), 1))
 
 
 # --- steps ----------------------------------------------------------------------------------------
@@ -233,19 +168,12 @@ def _gradients(
     new_frames: int,
 ) -> tuple[tuple[Params, Metrics], Sequence]:
     """Rolls out the next clip of a sequence and differentiates the loss of one of the networks on it."""
-    forcing, config = distillation.forcing, distillation.config
     exit_key, key = jax.random.split(key)
-    exits = draw_exit_steps(
-        exit_key,
-        new_frames // forcing.generator.window.block_frames,
-        len(forcing.generator.sampler.steps),
-        same_for_all_blocks=config.rollout.is_exit_shared,
-    )
-    after, rollout = forcing.roll_out(
+    after, rollout = distillation.next_clip(
         distillation.weights(given, GENERATOR, state.networks[GENERATOR].params),
         sequence,
-        exits,
-        opening=new_frames == config.rollout.clip_frames,
+        exit_key,
+        new_frames=new_frames,
         keep_context=name == GENERATOR,
     )
     loss_fn = _generator_loss if name == GENERATOR else _critic_loss

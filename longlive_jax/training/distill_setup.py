@@ -16,8 +16,8 @@ from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.errors import UserError
 from longlive_jax.inference.parts import text_encoder_of, transformer_of
 from longlive_jax.models.tokenizer import Tokenizer
-from longlive_jax.training import distill, sampling
 from longlive_jax.training import export as export_lib
+from longlive_jax.training import sampling
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import DistillTraining, LongTraining
@@ -25,8 +25,8 @@ from longlive_jax.training.distill import CRITIC, GENERATOR, Distillation, Given
 from longlive_jax.training.evaluation import Evaluator
 from longlive_jax.training.export import base_model
 from longlive_jax.training.prompts import TextEmbedder, read_prompts
-from longlive_jax.training.rollout import Sequence
 from longlive_jax.training.state import TrainState
+from longlive_jax.training.student import Student
 from longlive_jax.types import Array, Params
 
 NEEDS = ("transformer", "text_encoder", "vae")
@@ -114,19 +114,7 @@ def make_state(distillation: Distillation, bases: dict[str, Params], starts: dic
     state = states.init_state(networks, config.run)
     if not isinstance(config, LongTraining):
         return state
-    return dataclasses.replace(state, extra=_finished_sequences(distillation, state))
-
-
-def _finished_sequences(distillation: Distillation, state: TrainState) -> Sequence:
-    """Sequences at their end: a run's first step begins new ones."""
-    config, encoder = distillation.config, distillation.model.text_encoder
-    assert isinstance(config, LongTraining), config
-    text = jnp.zeros((config.data.batch_size, encoder.text_len, encoder.dim), distillation.model.dtype)
-    switch = text if config.streaming.switch_frames else None
-    sequences = distill.begin_long(distillation, state, text, switch, name=GENERATOR)
-    return dataclasses.replace(
-        sequences, frame=jnp.full_like(sequences.frame, config.streaming.sequence_frames)
-    )
+    return dataclasses.replace(state, extra=distillation.finished())
 
 
 def student_params(setup: Setup, state: TrainState) -> Params:
@@ -141,9 +129,16 @@ def _merged(distillation: Distillation, given: Given, trained: Params) -> Params
 
 
 def evaluator(setup: Setup) -> Evaluator:
+    """Few-step videos of the generator, see `few_step_evaluator`."""
+    return few_step_evaluator(setup.distillation, setup.vae_params, setup.embed, setup.tokenizer)
+
+
+def few_step_evaluator(
+    student: Student, vae_params: Params, embed: TextEmbedder, tokenizer: Tokenizer
+) -> Evaluator:
     """Few-step videos of unseen combinations, or of the first prompts of the prompt file."""
-    distillation, config = setup.distillation, setup.distillation.config
-    settings, model = config.evaluation, distillation.model
+    config, model = student.config, student.model
+    settings = config.evaluation
     if config.data.prompts:
         prompts, codes = read_prompts(config.data.prompts)[: settings.clips], None
     else:
@@ -151,15 +146,15 @@ def evaluator(setup: Setup) -> Evaluator:
         scenes = worlds.held_out_scenes(world, clips=settings.clips, seed=settings.seed)
         prompts, codes = toy.describe_scenes(scenes), scenes.codes
     # On one device, unlike the generator under training.
-    generator = dataclasses.replace(distillation.forcing.generator, transformer=transformer_of(model))
+    generator = dataclasses.replace(student.forcing.generator, transformer=transformer_of(model))
 
-    shape = (settings.frames, *distillation.latent_size, model.vae.z_dim)
+    shape = (settings.frames, *student.latent_size, model.vae.z_dim)
 
     def sample(params: Params, text: Array, seeds: Array) -> Array:
         return sampling.few_step(generator, params, sampling.Prompts(text, None), seeds, shape=shape)
 
-    text = np.asarray(setup.embed.prompts(setup.tokenizer, prompts))
-    return Evaluator(settings, model, setup.vae_params, sample, text, codes)
+    text = np.asarray(embed.prompts(tokenizer, prompts))
+    return Evaluator(settings, model, vae_params, sample, text, codes)
 
 
 def export(setup: Setup, state: TrainState) -> pathlib.Path:

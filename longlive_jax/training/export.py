@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 
 import jax
 
-from longlive_jax import checkpoint
+from longlive_jax import checkpoint, storage
 from longlive_jax.checkpoint import Checkpoint
 from longlive_jax.config import PipelineConfig
 from longlive_jax.training import processes
@@ -37,19 +37,14 @@ def export(
 
     Returns:
       The checkpoint directory; None of it is visible before it is complete. Only the first process
-      writes.
+      writes. Its source does not tell of steps: the run does, see `record_steps`.
     """
     path = pathlib.Path(config.run.folder) / FOLDER
     host = {name: processes.to_host(tree) for name, tree in {**parts, **(adapters or {})}.items()}
     if jax.process_index() != 0:
         return path
     base = checkpoint.open_checkpoint(config.base) if config.base else None
-    source = {
-        "stage": stage_of(config),
-        "seed": config.run.seed,
-        "steps": config.run.steps,
-        "base": config.base,
-    }
+    source = {"stage": stage_of(config), "seed": config.run.seed, "base": config.base}
     with checkpoint.create(path, model or config.model, source=source, overwrite=True) as writer:
         for name in checkpoint.PARTS:
             if adapters and name in adapters:
@@ -66,6 +61,14 @@ def export(
         elif base is not None and base.has_tokenizer:
             writer.add_tokenizer(base.tokenizer_path)
     return path
+
+
+def record_steps(path: pathlib.Path, steps: int) -> None:
+    """Adds to the source of an export the number of steps it was made after."""
+    file = path / checkpoint.CONFIG_FILE
+    content = storage.read_json(file)
+    content["source"]["steps"] = steps
+    storage.write_json(file, content)
 
 
 def base_model(config: Training, base: Checkpoint) -> PipelineConfig:

@@ -12,6 +12,7 @@ from longlive_jax import toy
 from longlive_jax.config import VAEConfig
 from longlive_jax.config_dict import to_dict
 from longlive_jax.models.vae import WanVAE
+from longlive_jax.toy import data
 from longlive_jax.training import stored
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import ClipsConfig
@@ -33,6 +34,7 @@ def encode_clips(
     folder: pathlib.Path,
     fingerprint: str,
     switches: worlds.Switches | None = None,
+    misshapen_share: float = 0.0,
 ) -> StoredClips:
     """Encodes the clips that are not on disk yet; rows are "latents" `[B, F, h, w, C]`.
 
@@ -45,19 +47,24 @@ def encode_clips(
       folder: shared by all processes.
       fingerprint: identifies the VAE's weights.
       switches: which of them switch their attributes, and where.
+      misshapen_share: how many of them, none of which switches, show a sprite that is none of the world's
+        shapes (`toy.data.drawings`).
     """
-    content = {
+    content: dict[str, Any] = {
         "vae": [fingerprint, to_dict(vae.config), str(vae.dtype)],
         "world": dataclasses.asdict(world),
         "clips": [clips.seed, clips.split, frames],
     }
     if switches is not None:
         content["switches"] = dataclasses.astuple(switches)
+    if misshapen_share:
+        content["misshapen"] = misshapen_share
     video_frames = vae.config.video_frames(frames)
 
     def make(indices: np.ndarray, scenes: toy.Scenes) -> np.ndarray:
         if switches is None:
-            video = toy.render(world, scenes, frames=video_frames)
+            drawings = data.drawings(scenes.codes, share=misshapen_share, seed=clips.seed, indices=indices)
+            video = toy.render(world, scenes, frames=video_frames, drawings=drawings)
         else:
             endings = switches.of(clips, indices, scenes)
             video = _render(world, scenes, endings, vae.config, frames=video_frames)

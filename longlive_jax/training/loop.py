@@ -12,8 +12,9 @@
         run.finish(export=export(state))
 
 A signal (Ctrl-C, SIGTERM) to any process ends the loop after the step under way, with a checkpoint (of
-several processes, all after the next one). A loss that is not a
-number, or stays far above what it was, ends it without one: the last good checkpoint stays.
+several processes, all after the next one); before the first step is made there is nothing to save, and it
+ends the run at once. A loss that is not a number, or stays far above what it was, ends it without a
+checkpoint: the last good one stays.
 """
 
 import collections
@@ -33,6 +34,7 @@ import numpy as np
 from longlive_jax import sharding, storage
 from longlive_jax.checkpoint import open_checkpoint
 from longlive_jax.errors import UserError, require
+from longlive_jax.training import export as export_lib
 from longlive_jax.training import metrics as metrics_lib
 from longlive_jax.training import processes
 from longlive_jax.training.checkpoint import Checkpoints, has_checkpoints
@@ -56,14 +58,20 @@ T = TypeVar("T")
 
 
 class Interrupted(Exception):  # noqa: N818  (it is no error)
-    """A signal ended the run after it was saved.
+    """A signal ended the run.
+
+    Args:
+      number: the signal's.
+      where: what had been made by then, and what is saved of it.
+      saved: step of the newest checkpoint; None if there is none.
 
     Attributes:
       status: exit status, 128 + the signal's number.
     """
 
-    def __init__(self, number: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(number).name}; --resume auto goes on from here")
+    def __init__(self, number: int, where: str, *, saved: int | None) -> None:
+        onward = f"--resume auto goes on from step {saved}" if saved else "the same command starts it again"
+        super().__init__(f"stopped by {signal.Signals(number).name} {where}; {onward}")
         self.status = 128 + number
 
 
@@ -123,7 +131,12 @@ class TrainingRun:
         return self
 
     def __exit__(self, *error: Any) -> None:
+        saved = self.checkpoints.latest
         self._stack.__exit__(*error)
+        # Of several processes only this one knows: it goes as one that failed does, and ends the others.
+        number = self._signal.number if self._signal.is_early and jax.process_count() == 1 else None
+        if number is not None and error[0] is KeyboardInterrupt:
+            raise Interrupted(number, "before a step was made", saved=saved)
 
     # --- the loop -----------------------------------------------------------------------------------
 
@@ -140,7 +153,12 @@ class TrainingRun:
             self._scores = self.checkpoints.scores(self._first)
         self._done = self._first
         self.log = metrics_lib.Log(
-            self._folder, first_step=self._first, steps=self.config.run.steps, is_quiet=self._is_quiet
+            self._folder,
+            first_step=self._first,
+            steps=self.config.run.steps,
+            is_quiet=self._is_quiet,
+            compiles=self.compiles,
+            started=self._started,
         )
         self._stack.callback(self.log.close)
         if self._first:
@@ -152,17 +170,20 @@ class TrainingRun:
         """Numbers of the steps to make, 1 for the first.
 
         Raises:
-          Interrupted: a signal came; the state of the last step has been saved.
+          Interrupted: a signal came; the state of the last step has been saved, or it says why not.
           TrainingError: see the class.
         """
         for step in range(self._first + 1, self.config.run.steps + 1):
+            self.log.begin()
             yield step
             number = self._signal_number()
             if number:
                 self._flush()
-                self._save()
+                unsaved = self._save()
                 self.checkpoints.wait()
-                raise Interrupted(number)
+                raise Interrupted(
+                    number, f"after step {step}{unsaved and f', {unsaved}'}", saved=self.checkpoints.latest
+                )
         self._flush()
 
     def after(self, step: int, state: Any, metrics: Mapping[str, Any], *, frames: int) -> None:
@@ -173,15 +194,18 @@ class TrainingRun:
         Args:
           step: its number.
           state: the state after it.
-          metrics: device scalars; "loss" and "grad_norm" are watched.
+          metrics: device scalars; losses and gradient norms are watched, see `metrics.losses`.
           frames: video frames the step saw, over all processes.
         """
+        self._signal.is_early = False
         self._flush()
         self._pending, self._state, self._done = (step, metrics), state, step
+        is_checkpoint_due = step % self.config.run.checkpoint_every == 0
+        if is_checkpoint_due or self.is_evaluation_due(step) or self.is_early_export_due(step):
+            self._flush()  # these wait for the step, which would not count as its time
         self.log.tick(step, frames)
-        if step % self.config.run.checkpoint_every == 0 and not self.is_evaluation_due(step):
-            self._flush()
-            self._save()
+        if is_checkpoint_due and not self.is_evaluation_due(step):
+            self._note_unsaved(self._save())
 
     def is_evaluation_due(self, step: int) -> bool:
         """Whether the state after this step should be evaluated."""
@@ -198,8 +222,11 @@ class TrainingRun:
         return every > 0 and step % every == 0 and step < self.config.run.steps
 
     def exported(self, step: int, path: pathlib.Path) -> None:
-        """Keeps a copy of an export under its step's number, where `run.keep_exports` asks for it."""
-        if not self.config.run.keep_exports or jax.process_index() != 0:
+        """Writes its step into an export; keeps a copy under that number where `run.keep_exports` asks."""
+        if jax.process_index() != 0:
+            return
+        export_lib.record_steps(path, step)
+        if not self.config.run.keep_exports:
             return
         kept = pathlib.Path(self.config.run.folder) / EXPORTS_FOLDER / f"{step:06d}"
         with storage.new_folder(kept, overwrite=True, replaceable=lambda _: True) as folder:
@@ -221,7 +248,9 @@ class TrainingRun:
         shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
         self.log.note(f"step {step}: {shown}")
         known = {**self.log.latest, **scores}
-        self._save({self.config.evaluation.metric: known[self.config.evaluation.metric], **scores})
+        self._note_unsaved(
+            self._save({self.config.evaluation.metric: known[self.config.evaluation.metric], **scores})
+        )
         if videos is not None:
             self.log.samples(step, videos, self.config.model.video.fps)
 
@@ -234,6 +263,7 @@ class TrainingRun:
             "steps": self._done,
             "resumed_at": self._first,
             "seconds": time.monotonic() - self._started,
+            "total_seconds": self.log.total_seconds,
             "seconds_per_step": self.log.step_seconds,
             "compilations": self.compiles.count,
             "compile_seconds": self.compiles.seconds,
@@ -270,10 +300,21 @@ class TrainingRun:
         if step % run.log_every == 0 or step == run.steps:
             self.log.scalars(step, numbers | {"compilations": self.compiles.count}, flops=self.flops)
 
-    def _save(self, scores: Mapping[str, float] | None = None) -> None:
-        if self._watch.is_high:  # it may be diverging: the checkpoint there is shall stay the newest
-            return
+    def _save(self, scores: Mapping[str, float] | None = None) -> str:
+        """Saves the state after the last step; returns why it did not, "" if it did."""
+        high = self._watch.high
+        if high:  # it may be diverging: the checkpoint there is shall stay the newest
+            return f"which is not saved ({high}: it may be diverging)"
         self.checkpoints.save(self._done, self._state, self._data, scores)
+        return ""
+
+    def _note_unsaved(self, unsaved: str) -> None:
+        if unsaved:
+            kept = self.checkpoints.latest
+            newest = (
+                "nothing has been saved yet" if kept is None else f"the newest checkpoint is of step {kept}"
+            )
+            self.log.note(f"step {self._done}, {unsaved}; {newest}")
 
     def _signal_number(self) -> int:
         """The signal that ends the run now, 0 for none; all processes agree, as all of them save."""
@@ -282,10 +323,16 @@ class TrainingRun:
 
 
 class _Signal:
-    """Remembers the first SIGINT or SIGTERM instead of being cut off by it."""
+    """Remembers the first SIGINT or SIGTERM instead of being cut off by it, unless it comes early.
+
+    Attributes:
+      number: of the signal that came; None for none.
+      is_early: whether no step has been made, so that there is nothing to wait for.
+    """
 
     def __init__(self) -> None:
         self.number: int | None = None
+        self.is_early = True
         self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "_Signal":
@@ -300,22 +347,24 @@ class _Signal:
             signal.signal(number, handler)
 
     def _handle(self, number: int, frame: types.FrameType | None) -> None:
-        if self.number is not None:  # the second one does not wait
+        is_first, self.number = self.number is None, number
+        if self.is_early or not is_first:  # the second one does not wait
             raise KeyboardInterrupt
-        self.number = number
 
 
 class _Watch:
-    """Notices a loss that is no number, or has left where it was."""
+    """Notices a loss that is no number, or has left where it was; each of several by its own past."""
 
     def __init__(self, factor: float) -> None:
-        self._factor, self._high = factor, 0
-        self._recent: collections.deque[float] = collections.deque(maxlen=HISTORY_STEPS)
+        self._factor = factor
+        self._recent: dict[str, collections.deque[float]] = {}
+        self._count: collections.Counter[str] = collections.Counter()
+        self._high: dict[str, str] = {}
 
     @property
-    def is_high(self) -> bool:
-        """Whether the latest loss was far above the usual."""
-        return self._high > 0
+    def high(self) -> str:
+        """Which losses were far above the usual when they were last seen, and how far; "" for none."""
+        return " and ".join(self._high.values())
 
     def problem(self, values: Mapping[str, float]) -> str | None:
         """What is wrong with a step's numbers; None if nothing is."""
@@ -326,17 +375,18 @@ class _Watch:
                 if not metrics_lib.is_finite({name: value})
             ]
             return f"the training produced numbers that are not finite ({', '.join(bad)})"
-        loss = values.get("loss")
-        if loss is None:
-            return None
-        usual = statistics.median(self._recent) if len(self._recent) >= DIVERGED_STEPS else None
-        if usual is not None and loss > self._factor * abs(usual):
-            self._high += 1
-            if self._high >= DIVERGED_STEPS:
-                return f"the loss diverged ({loss:.4g} for {self._high} steps, {usual:.4g} before)"
-            return None
-        self._high = 0
-        self._recent.append(loss)
+        for name, loss in metrics_lib.losses(values).items():
+            recent = self._recent.setdefault(name, collections.deque(maxlen=HISTORY_STEPS))
+            usual = statistics.median(recent) if len(recent) >= DIVERGED_STEPS else None
+            if usual is None or loss <= self._factor * abs(usual):
+                self._count[name] = 0
+                self._high.pop(name, None)
+                recent.append(loss)
+                continue
+            self._count[name] += 1
+            self._high[name] = f"its {name} is {loss:.4g}, the usual one {usual:.4g}"
+            if self._count[name] >= DIVERGED_STEPS:
+                return f"the {name} diverged ({loss:.4g} for {self._count[name]} steps, {usual:.4g} before)"
         return None
 
 

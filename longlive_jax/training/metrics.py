@@ -14,7 +14,6 @@ import json
 import math
 import pathlib
 import platform
-import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -28,8 +27,11 @@ from longlive_jax.training import samples
 
 METRICS_FILE = "metrics.jsonl"
 REPORT_FILE = "report.json"
+_TOTAL = "total_seconds"
 
 _LINE_EVERY = 15.0  # seconds between progress lines where there is no terminal
+_WINDOW_STEPS = 60  # whole cycles where every second to sixth step updates the generator, too
+_PAUSE_FACTOR = 10  # a step that takes so many times what most take was held up by something else
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
@@ -78,26 +80,42 @@ class Log:
       first_step: step the run starts or resumes at; what was logged beyond it is dropped.
       steps: steps of the whole run.
       is_quiet: no progress on standard error.
+      compiles: the counter of the run's programs: steps that compile are no measure of the others.
+      started: `time.monotonic()` when this start of the run began; default now.
     """
 
-    def __init__(self, folder: pathlib.Path, *, first_step: int, steps: int, is_quiet: bool = False) -> None:
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        first_step: int,
+        steps: int,
+        is_quiet: bool = False,
+        compiles: CompileCounter | None = None,
+        started: float | None = None,
+    ) -> None:
         self._folder, self._steps = folder, steps
         self._writes = jax.process_index() == 0
         self._progress = _Progress(steps, is_quiet=is_quiet or not self._writes)
-        self._rate = _Rate(first_step)
+        self._rate = _Rate(compiles or CompileCounter())
         self._latest: dict[str, float] = {}
+        self._started = time.monotonic() if started is None else started
+        self._step, self._seconds_before = first_step, 0.0
         if self._writes:
             import tensorboardX  # half a second that help and tests of other parts need not pay
 
             folder.mkdir(parents=True, exist_ok=True)
-            _truncate(folder / METRICS_FILE, first_step)
+            self._seconds_before = _truncate(folder / METRICS_FILE, first_step)
             self._lines = (folder / METRICS_FILE).open("a", encoding="utf-8")
+            if self._seconds_before:  # what earlier starts took is not lost with the lines dropped
+                self._write(first_step, {})
             self._board = tensorboardX.SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1)
 
     def close(self) -> None:
         """Finishes the files."""
         self._progress.close()
         if self._writes:
+            self._write(self._step, {})
             self._lines.close()
             self._board.close()
 
@@ -108,12 +126,22 @@ class Log:
 
     @property
     def step_seconds(self) -> float | None:
-        """Median seconds per step; None before there is one."""
+        """Mean seconds per step over the latest ones; None before there is one."""
         return self._rate.seconds
+
+    @property
+    def total_seconds(self) -> float:
+        """Wall clock seconds of all starts of the run so far, as far as lines of metrics tell of them."""
+        return self._seconds_before + time.monotonic() - self._started
+
+    def begin(self) -> None:
+        """A step begins: what happened since the one before (an evaluation, a checkpoint) is none of it."""
+        self._rate.begin()
 
     def tick(self, step: int, frames: int) -> None:
         """Counts one step that saw `frames` video frames (over all processes)."""
-        self._rate.tick(step, frames)
+        self._step = step
+        self._rate.tick(frames)
         self._progress.show(step, self._latest, self._rate)
 
     def scalars(self, step: int, values: Mapping[str, float], *, flops: float | None = None) -> None:
@@ -127,7 +155,7 @@ class Log:
         values = dict(values) | self._rate.metrics(flops)
         self._latest |= values
         if self._writes:
-            print(json.dumps({"step": step, **values}), file=self._lines, flush=True)
+            self._write(step, values)
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
@@ -145,6 +173,10 @@ class Log:
             sheet = samples.write(self._folder, step, videos, fps=fps)
             # Not `add_video`, which needs a package of its own for the GIF it makes.
             self._board.add_image("samples", np.asarray(PIL.Image.open(sheet)), step, dataformats="HWC")
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        line = {"step": step, **values, _TOTAL: self.total_seconds}
+        print(json.dumps(line), file=self._lines, flush=True)
 
     def note(self, text: str) -> None:
         """Says something beside the progress bar."""
@@ -192,33 +224,50 @@ def peak_flops(kind: str | None = None, *, devices: int | None = None) -> float 
 
 
 class _Rate:
-    """Median seconds per step over the latest steps, the first of a run (which compiles) left out."""
+    """Seconds and frames of the latest steps, as sums: steps may be of several kinds, as in a distillation.
 
-    def __init__(self, first_step: int) -> None:
-        self._last: tuple[int, float] | None = None
-        self._first = first_step
-        self._seconds: collections.deque[float] = collections.deque(maxlen=64)
-        self._frames = 0
+    Steps that compiled a program, and those held up by something else, are left out.
+    """
 
-    def tick(self, step: int, frames: int) -> None:
-        now = time.monotonic()
-        if self._last is not None and step == self._last[0] + 1:
-            self._seconds.append(now - self._last[1])
-        self._last, self._frames = (step, now), frames
+    def __init__(self, compiles: CompileCounter) -> None:
+        self._compiles = compiles
+        self._steps: collections.deque[tuple[float, int]] = collections.deque(maxlen=_WINDOW_STEPS)
+        self.begin()
+
+    def begin(self) -> None:
+        self._since, self._compiled = time.monotonic(), self._compiles.count
+
+    def tick(self, frames: int) -> None:
+        before, compiled = self._since, self._compiled
+        self.begin()
+        if self._compiled == compiled:
+            self._steps.append((self._since - before, frames))
+
+    def _sums(self) -> tuple[float, int, int]:
+        """Seconds, frames and number of the steps that count."""
+        if not self._steps:
+            return 0.0, 0, 0
+        # Not of the median: where every other step waits for both, half of them take next to nothing.
+        longest = _PAUSE_FACTOR * sorted(seconds for seconds, _ in self._steps)[3 * len(self._steps) // 4]
+        kept = [step for step in self._steps if step[0] <= longest]
+        return sum(seconds for seconds, _ in kept), sum(frames for _, frames in kept), len(kept)
 
     @property
     def seconds(self) -> float | None:
-        return statistics.median(self._seconds) if self._seconds else None
+        """Mean seconds per step; None before there is one."""
+        seconds, _, count = self._sums()
+        return seconds / count if count else None
 
     def metrics(self, flops: float | None) -> dict[str, float]:
-        if self.seconds is None:
+        seconds, frames, count = self._sums()
+        if not seconds:
             return {}
-        values = {"seconds_per_step": self.seconds}
-        if self._frames:
-            values["frames_per_second"] = self._frames / self.seconds
+        values = {"seconds_per_step": seconds / count}
+        if frames:
+            values["frames_per_second"] = frames / seconds
         peak = peak_flops()
         if flops is not None and peak is not None:
-            values["utilisation"] = flops / self.seconds / peak
+            values["utilisation"] = flops * count / seconds / peak
         return values
 
 
@@ -265,21 +314,27 @@ class _Progress:
             self._bar.stop()
 
 
-def _truncate(file: pathlib.Path, step: int) -> None:
-    """Drops the lines beyond `step`: they are computed again (the last may be cut off, too)."""
+def _truncate(file: pathlib.Path, step: int) -> float:
+    """Drops the lines beyond `step`: they are computed again (the last may be cut off, too).
+
+    Returns:
+      The wall clock seconds that all lines tell of, dropped ones included.
+    """
     if not file.exists():
-        return
-    kept = []
+        return 0.0
+    kept, seconds = [], 0.0
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
             entry = json.loads(line)
         except json.JSONDecodeError:
             continue
+        seconds = max(seconds, entry.get(_TOTAL, 0.0))
         if entry["step"] <= step:
             kept.append(line)
     temporary = file.with_suffix(".part")
     temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
     temporary.replace(file)
+    return seconds
 
 
 def as_floats(values: Mapping[str, Any]) -> dict[str, float]:
@@ -287,9 +342,15 @@ def as_floats(values: Mapping[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(dict(values)).items()}
 
 
+def losses(values: Mapping[str, float]) -> dict[str, float]:
+    """What is minimised, by name: "loss", and that of a second network, as "generator_loss"."""
+    return {name: value for name, value in values.items() if name == "loss" or name.endswith("_loss")}
+
+
 def is_finite(values: Mapping[str, float]) -> bool:
-    """Whether loss and gradient norms are numbers."""
-    return all(math.isfinite(v) for name, v in values.items() if name == "loss" or "grad_norm" in name)
+    """Whether losses and gradient norms are numbers."""
+    watched = losses(values) | {name: value for name, value in values.items() if "grad_norm" in name}
+    return all(math.isfinite(value) for value in watched.values())
 
 
 def say(text: str, *, file: TextIO | None = None) -> None:

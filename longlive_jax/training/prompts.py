@@ -29,6 +29,7 @@ PROMPT, SWITCH = "prompt", "switch"
 """Names of what a batch holds, and prefixes of its arrays."""
 
 _CAPTIONS: Mapping[str, str] = {PROMPT: "caption", SWITCH: "switch_caption"}
+_CODES: Mapping[str, str] = {PROMPT: "attributes", SWITCH: "switch_attributes"}
 
 TextBatch = dict[str, np.ndarray]
 
@@ -78,7 +79,8 @@ def token_batches(
 
     Returns:
       Batches {"prompt_ids" int32 [b, M], "prompt_lengths" int32 [b]} and, with `with_switch`,
-      "switch_ids" and "switch_lengths".
+      "switch_ids" and "switch_lengths". Captions of the toy world come with what they ask for, "prompt_codes"
+      int32 [b, 4] and "switch_codes".
 
     Raises:
       UserError: a file cannot be used.
@@ -97,9 +99,10 @@ def token_batches(
 
     def tokens(indices: np.ndarray) -> TextBatch:
         batch: TextBatch = {}
-        for name, texts in make(indices).items():
-            batch[f"{name}_ids"], batch[f"{name}_lengths"] = tokenizer(texts)
-        return batch
+        texts, codes = make(indices)
+        for name, lines in texts.items():
+            batch[f"{name}_ids"], batch[f"{name}_lengths"] = tokenizer(lines)
+        return batch | {f"{name}_codes": rows for name, rows in codes.items()}
 
     return toy_data.stream(stream, shard, tokens)
 
@@ -126,7 +129,8 @@ def read_prompts(path: str | pathlib.Path, *, field: str = "data.prompts") -> li
     return lines
 
 
-_Texts = Callable[[np.ndarray], dict[str, list[str]]]
+_Texts = Callable[[np.ndarray], tuple[dict[str, list[str]], dict[str, np.ndarray]]]
+"""Numbers of prompts to their texts and, where these are captions, the attributes they ask for."""
 
 
 def _file_rows(config: PromptsConfig, with_switch: bool) -> tuple[_Texts, int]:
@@ -143,15 +147,16 @@ def _file_rows(config: PromptsConfig, with_switch: bool) -> tuple[_Texts, int]:
             f"data.switch_prompts={config.switch_prompts} has {len(files[SWITCH])} lines and data.prompts="
             f"{config.prompts} {count}; they belong together line by line",
         )
-    return lambda rows: {name: [lines[row] for row in rows] for name, lines in files.items()}, count
+    return lambda rows: ({name: [lines[row] for row in rows] for name, lines in files.items()}, {}), count
 
 
 def _captions(config: PromptsConfig, with_switch: bool, world: World) -> tuple[_Texts, int]:
     make: Any = toy_data.prompt_maker(world, seed=config.seed, split=config.split, with_switch=with_switch)
 
-    def texts(rows: np.ndarray) -> dict[str, list[str]]:
+    def texts(rows: np.ndarray) -> tuple[dict[str, list[str]], dict[str, np.ndarray]]:
         batch = make(rows)
-        return {name: list(batch[key]) for name, key in _CAPTIONS.items() if key in batch}
+        captions = {name: list(batch[key]) for name, key in _CAPTIONS.items() if key in batch}
+        return captions, {name: batch[key] for name, key in _CODES.items() if key in batch}
 
     return texts, config.examples
 

@@ -68,6 +68,18 @@ class TrainState:
         return jax.random.fold_in(jax.random.wrap_key_data(self.key), self.step)
 
 
+DECAYED = frozenset({"kernel", "a", "b", "token_embedding"})
+"""Leaves that weight decay pulls on: matrices, convolutions, the factors of a LoRA, embeddings.
+
+By name, as shapes do not tell: the biases of a stack of layers are a matrix.
+"""
+
+
+def is_decayed(params: Params) -> Any:
+    """A tree of bools like the parameters."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in DECAYED, params)
+
+
 def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformation:
     """AdamW with warmup and schedule; clipping is in `update`, which reports the norm."""
     return optax.adamw(
@@ -76,7 +88,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
         b2=config.betas[1],
         eps=config.eps,
         weight_decay=config.weight_decay,
-        mask=lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params),
+        mask=is_decayed,
     )
 
 

@@ -237,8 +237,22 @@ def test_the_card_tells_what_was_trained_and_measured(measured, package, capsys)
     assert "### 64 prompt switches" in text
     assert "| long | long, sink 0 | identity.size | 0.900 | 0.500 | +0.400 (+0.300 to +0.500) | 64 |" in text
     assert "- long and long, sink 0: flicker" in text
-    assert "0.3 hours" in text
+    assert "\n0.3 hours of steps in all, on 1 x cpu." in text
+    assert "`make toy` repeats them.\n" in text
+    for held in ("within 2 blocks", "while the unchanged ones stay"):
+        assert f"| switches whose new attributes hold {held} | 0.900 (0.800 to 0.950) |" in text
     assert "gate** (colour 0.95, shape 0.85, motion 0.85, iou 0.65): colour 0.90." in text
+
+
+def test_the_card_of_an_early_export_names_the_runs_that_stopped_early(measured, package):
+    """The base was stopped after 10 of 30 steps; the model is from before the end of its own run."""
+    runs = {"base": report("base", ""), "long": report("long", "base", stage="long", steps=40)}
+    runs["base"]["settings"]["run"]["steps"] = 30
+    write_inputs(measured, runs)
+    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 0
+    text = (package / bundle.CARD_FILE).read_text()
+    assert "| `base` | the bidirectional teacher, by flow matching | 10 of 30 |" in text
+    assert "`make toy` repeats them, with all planned steps of `base`.\n" in text
 
 
 def test_the_card_says_when_the_gate_is_reached(measured, package, capsys):

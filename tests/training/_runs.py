@@ -64,6 +64,12 @@ def losses(folder: pathlib.Path) -> dict[int, float]:
     return {line["step"]: line["loss"] for line in found if "loss" in line}
 
 
+def compilations(folder: pathlib.Path) -> dict[int, int]:
+    """Programs compiled by the end of every step that was logged."""
+    lines = map(json.loads, (folder / metrics.METRICS_FILE).read_text().splitlines())
+    return {line["step"]: line["compilations"] for line in lines if "loss" in line}
+
+
 @contextlib.contextmanager
 def started(commands: Sequence[Sequence[str]], log: pathlib.Path) -> Iterator[list[subprocess.Popen]]:
     """Runs command lines side by side, one device each, with slow steps; kills what is left at the end."""

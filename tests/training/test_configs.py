@@ -65,6 +65,13 @@ def test_every_stage_begins_with_the_one_before(before, after):
     assert load_config(config_file(after)).base == f"{load_config(config_file(before)).run.folder}/export"
 
 
+def test_the_stages_of_the_reward_begin_with_what_make_toy_makes():
+    reader, reward = (load_config(config_file(name)) for name in ("reader", "reward"))
+    assert reader.base == f"{load_config(config_file('vae_decoder')).run.folder}/export"
+    assert reward.reward.reader == f"{reader.run.folder}/export"
+    assert f"--to {reward.base} $(TOY_MEAN)" in (ROOT / "Makefile").read_text()
+
+
 def test_overrides_are_typed():
     config = load_config(config_file("vae"), {"run.steps": "7", "optimizer.betas": "0.5,0.6"})
     assert config.run.steps == 7

@@ -21,11 +21,11 @@ from longlive_jax.training import distill, losses, metrics, stages
 from longlive_jax.training import distill_setup as setups
 from longlive_jax.training.distill import CRITIC, GENERATOR
 from longlive_jax.training.loop import Interrupted
-from tests.training._runs import smoke
+from tests.training._runs import compilations, smoke
 
 pytestmark = pytest.mark.usefixtures("fast_programs", "one_device")
 
-TIMED = ("compilations", "seconds_per_step", "frames_per_second")
+TIMED = ("compilations", "seconds_per_step", "frames_per_second", "total_seconds")
 
 
 def config_of(name, base, folder, **changes):
@@ -57,10 +57,13 @@ def changed(before, after):
 
 
 def test_init_trains_both_networks_on_their_schedule_and_exports_them(base, tmp_path):
-    config = config_of("init", base, tmp_path / "run", run__steps=4)
+    config = config_of("init", base, tmp_path / "run", run__steps=8)
     report = stages.train(config, is_quiet=True)
     lines = logged(tmp_path / "run")
-    assert [line["step"] for line in lines if "generator_loss" in line] == [1, 4]
+    assert [line["step"] for line in lines if "generator_loss" in line] == [1, 4, 7]
+    counts = compilations(tmp_path / "run")
+    assert counts[1] > 0
+    assert counts[2] == counts[7]  # both networks' programs are those of the first two steps
     assert set(report["scores"]) >= {"shape", "all"}
     exported, start = checkpoint.open_checkpoint(report["export"]), checkpoint.open_checkpoint(base)
     assert set(exported.parts) == {"transformer", "critic", "text_encoder", "vae"}
@@ -118,15 +121,26 @@ def test_every_export_is_kept_where_asked_for(whole_long_run):
     kept = {path.name: checkpoint.open_checkpoint(path) for path in (folder / "exports").iterdir()}
     assert kept.keys() == {"000009", "000011"}
     assert kept["000011"].parts == checkpoint.open_checkpoint(report["export"]).parts
+    assert {name: opened.source["steps"] for name, opened in kept.items()} == {"000009": 9, "000011": 11}
     assert kept["000009"].fingerprint("lora") != kept["000011"].fingerprint("lora")
     Pipeline.load(folder / "exports" / "000009")
+
+
+def test_a_lora_of_rank_1_beside_a_critic_whose_weights_all_train(base, tmp_path):
+    changes = {"lora__rank": 1, "lora__is_critic_adapted": False, "run__steps": 2}
+    report = stages.train(config_of("long", base, tmp_path / "run", **changes), is_quiet=True)
+    exported, start = checkpoint.open_checkpoint(report["export"]), checkpoint.open_checkpoint(base)
+    assert set(exported.parts) == {"transformer", "critic", "lora", "text_encoder", "vae"}
+    assert exported.parts["lora"].rank == 1
+    assert not changed(start.load("transformer"), exported.load("transformer"))
+    assert changed(start.load("transformer"), exported.load("critic"))
+    assert changed(Pipeline.load(report["export"]).params, Pipeline.load(base).params)
 
 
 def test_programs_are_compiled_once_wherever_the_sequence_stands(whole_long_run):
     """By step 7 both networks have opened a sequence and gone on with one; positions are no programs."""
     folder, _ = whole_long_run
-    lines = map(json.loads, (folder / metrics.METRICS_FILE).read_text().splitlines())
-    counts = {line["step"]: line["compilations"] for line in lines if "loss" in line}
+    counts = compilations(folder)
     assert counts[7] > counts[1] > 0
     assert counts[7] == counts[10]
 

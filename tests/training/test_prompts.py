@@ -64,9 +64,12 @@ def test_toy_captions_and_what_they_switch_to():
     before = [toy.parse(text) for text in texts(batch["prompt_ids"], batch["prompt_lengths"])]
     after = [toy.parse(text) for text in texts(batch["switch_ids"], batch["switch_lengths"])]
     assert all(a != b for a, b in zip(before, after, strict=True))
+    for name, asked in (("prompt", before), ("switch", after)):
+        assert batch[f"{name}_codes"].tolist() == [list(attributes.codes) for attributes in asked]
     assert set(next(batches(PromptsConfig(batch_size=4), with_switch=False))) == {
         "prompt_ids",
         "prompt_lengths",
+        "prompt_codes",
     }
 
 

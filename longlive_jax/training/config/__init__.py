@@ -30,6 +30,12 @@ from longlive_jax.training.config.flow import (
     FlowTraining,
     TeacherTraining,
 )
+from longlive_jax.training.config.reward import (
+    ReaderConfig,
+    ReaderTraining,
+    RewardConfig,
+    RewardTraining,
+)
 from longlive_jax.training.config.shared import (
     ClipsConfig,
     EvaluationConfig,
@@ -57,6 +63,10 @@ __all__ = (
     "MeshConfig",
     "OptimizerConfig",
     "PromptsConfig",
+    "ReaderConfig",
+    "ReaderTraining",
+    "RewardConfig",
+    "RewardTraining",
     "RolloutConfig",
     "RunConfig",
     "ScoresConfig",
@@ -77,6 +87,8 @@ STAGES: Mapping[str, type[Training]] = {
     "causal_init": CausalInitTraining,
     "init": InitTraining,
     "long": LongTraining,
+    "reader": ReaderTraining,
+    "reward": RewardTraining,
 }
 """Stage name to the type of its config, in the order of the recipe."""
 

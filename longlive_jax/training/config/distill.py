@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Literal
 
-from longlive_jax.config import PRESETS, TransformerConfig
+from longlive_jax.config import PRESETS, PipelineConfig, TransformerConfig
 from longlive_jax.config import preset as preset_of
 from longlive_jax.errors import require
 from longlive_jax.training.config.shared import (
@@ -113,16 +113,7 @@ class DistillTraining(Training):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        window, frames = self.model.window, self.rollout.clip_frames
-        require(
-            frames % window.block_frames == 0,
-            f"rollout.clip_frames={frames} must be a multiple of model.window.block_frames="
-            f"{window.block_frames}",
-        )
-        require(
-            window.rope == "absolute",
-            "model.window.rope='relative' is for inference; train with 'absolute'",
-        )
+        check_rollout(self.model, self.rollout)
         require(
             not self.data.prompts or self.evaluation.metric not in READ_FROM_PIXELS,
             f"evaluation.metric={self.evaluation.metric!r} is read from videos of the toy world's captions; "
@@ -175,14 +166,32 @@ class LongTraining(DistillTraining):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        frames = self.streaming.switch_frames
-        require(
-            all(0 < f < self.streaming.sequence_frames for f in frames),
-            f"streaming.switch_frames={frames} must lie within streaming.sequence_frames="
-            f"{self.streaming.sequence_frames}",
-        )
-        require(
-            not frames or not self.data.prompts or self.data.switch_prompts != "",
-            "data.switch_prompts is empty: name the file of prompts to switch to, or leave "
-            "streaming.switch_frames empty",
-        )
+        check_switches(self.streaming, self.data)
+
+
+def check_rollout(model: PipelineConfig, rollout: RolloutConfig) -> None:
+    """Refuses clips that the model's window does not allow."""
+    window, frames = model.window, rollout.clip_frames
+    require(
+        frames % window.block_frames == 0,
+        f"rollout.clip_frames={frames} must be a multiple of model.window.block_frames={window.block_frames}",
+    )
+    require(
+        window.rope == "absolute",
+        "model.window.rope='relative' is for inference; train with 'absolute'",
+    )
+
+
+def check_switches(streaming: StreamingConfig, data: PromptsConfig) -> None:
+    """Refuses switches outside of a sequence, or to nothing."""
+    frames = streaming.switch_frames
+    require(
+        all(0 < f < streaming.sequence_frames for f in frames),
+        f"streaming.switch_frames={frames} must lie within streaming.sequence_frames="
+        f"{streaming.sequence_frames}",
+    )
+    require(
+        not frames or not data.prompts or data.switch_prompts != "",
+        "data.switch_prompts is empty: name the file of prompts to switch to, or leave "
+        "streaming.switch_frames empty",
+    )
