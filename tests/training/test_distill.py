@@ -126,6 +126,7 @@ def test_every_export_is_kept_where_asked_for(whole_long_run):
     Pipeline.load(folder / "exports" / "000009")
 
 
+@pytest.mark.slow
 def test_a_lora_of_rank_1_beside_a_critic_whose_weights_all_train(base, tmp_path):
     changes = {"lora__rank": 1, "lora__is_critic_adapted": False, "run__steps": 2}
     report = stages.train(config_of("long", base, tmp_path / "run", **changes), is_quiet=True)

@@ -129,7 +129,7 @@ def test_the_first_step_is_where_the_base_is_and_later_ones_read_better(base, re
     assert float(found["distance"]) > 1e-4
 
 
-@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 4])
 def test_a_run_goes_through_its_sequences_and_exports_the_generator(base, reader_run, tmp_path, rank):
     config = config_of(base, reader_run, tmp_path / "run", run__steps=7, lora__rank=rank)
     report = stages.train(config, is_quiet=True)
@@ -149,6 +149,7 @@ def test_a_run_goes_through_its_sequences_and_exports_the_generator(base, reader
     Pipeline.load(report["export"])
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed_it_trains_as_if_it_had_not_been(base, reader_run, tmp_path, monkeypatch):
     whole = stages.train(config_of(base, reader_run, tmp_path / "whole", run__steps=6), is_quiet=True)
     config = config_of(base, reader_run, tmp_path / "run", run__steps=6)
