@@ -61,8 +61,8 @@ endef
 
 toy: $(VENV)/.demo
 	$(call trained,$(TOY_RUNS))
-	@test -d runs/toy/long_mean || \
-	  $(BIN)/python -m longlive_jax.toy.bundle weights --to runs/toy/long_mean $(TOY_MEAN)
+	@test -d runs/toy/long/mean || \
+	  $(BIN)/python -m longlive_jax.toy.bundle weights --to runs/toy/long/mean $(TOY_MEAN)
 	$(call trained,$(TOY_TUNING))
 
 # What is measured is what is shipped. Goes on where it was stopped, like the training.

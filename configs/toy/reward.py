@@ -2,7 +2,7 @@
 
     longlive train configs/toy/reward.py
 
-Needs runs/toy/long_mean (`make toy`) and runs/toy/reader/export; with base=toy it begins with the bundled
+Needs runs/toy/long/mean (`make toy`) and runs/toy/reader/export; with base=toy it begins with the bundled
 model.
 """
 
@@ -41,7 +41,7 @@ def get_config() -> RewardTraining:
             ema_decay=0.97,
         ),
         data=PromptsConfig(batch_size=16, seed=7),
-        base="runs/toy/long_mean",
+        base="runs/toy/long/mean",
         reward=RewardConfig(reader="runs/toy/reader/export"),
         # What opens a video and what follows a switch is what goes wrong: short sequences have most of both.
         rollout=RolloutConfig(clip_frames=12),

@@ -90,8 +90,7 @@ def run(arguments: argparse.Namespace) -> None:
         report.check_place(home / "README.md")
     folder = pathlib.Path(arguments.out or f"outputs/{study.name}")
     plan = runner.make_plan(study, folder, shard=Shard.parse(arguments.shard), devices=arguments.devices)
-    if arguments.compile_cache is not False:
-        options.enable_compile_cache()
+    options.enable_compile_cache(arguments.compile_cache)
     with options.device_memory():
         if not arguments.quiet or arguments.estimate:
             text = f"{plan}; {runner.estimate(plan)}" if plan.missing else str(plan)

@@ -156,8 +156,7 @@ def run(arguments: argparse.Namespace) -> None:
     sharing = _sharing(request, arguments)
     if sharing and not arguments.quiet:
         note(sharing)
-    if arguments.compile_cache is not False:
-        options.enable_compile_cache()
+    options.enable_compile_cache(arguments.compile_cache)
     _generate(request, targets, arguments)
 
 

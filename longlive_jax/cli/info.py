@@ -154,8 +154,7 @@ def _run_verify(arguments: argparse.Namespace) -> int:
     )
     from longlive_jax.verify import Tolerance, verify, verify_layers
 
-    if arguments.compile_cache is not False:
-        options.enable_compile_cache()
+    options.enable_compile_cache(arguments.compile_cache)
     overrides = dict(arguments.settings) | ({"dtype": arguments.dtype} if arguments.dtype else {})
     if arguments.layers is not None:
         require(not given, "--rtol and --atol do not apply to --layers, which only shows errors")

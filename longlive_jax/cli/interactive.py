@@ -81,8 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     outputs.check_free([out] if arguments.replay else [out, record], overwrite=bool(arguments.overwrite))
     if arguments.out is None:
         pathlib.Path(out).parent.mkdir(exist_ok=True)
-    if arguments.compile_cache is not False:
-        options.enable_compile_cache()
+    options.enable_compile_cache(arguments.compile_cache)
     status = LiveStatus(is_quiet=bool(arguments.quiet))
     with Interruption() as interruption, options.device_memory():
         try:

@@ -133,14 +133,19 @@ def switch_frame(text: str, config: PipelineConfig) -> int:
     return stories_lib.frame_of("--switch-at", text, vae=config.vae, fps=config.video.fps)
 
 
-def enable_compile_cache() -> bool:
+def enable_compile_cache(wanted: bool | None = None) -> bool:
     """Keeps compiled programs on disk, so that only the first start compiles.
 
     Small ones too: there are hundreds beside the few large ones, and together they take as long.
 
+    Args:
+      wanted: --compile-cache or --no-compile-cache, False for the latter; None where neither is given.
+
     Returns:
       Whether there are any already.
     """
+    if wanted is False:
+        return False
     import jax
 
     from longlive_jax.user_cache import user_cache_dir

@@ -101,8 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     checkpoint, model = live.open_config(arguments, overrides)
     check_start(model, "a prompt", seed=0, height=None, width=None)
     with server.bind(config) as taken, options.device_memory():
-        if arguments.compile_cache is not False:
-            options.enable_compile_cache()
+        options.enable_compile_cache(arguments.compile_cache)
         if not arguments.quiet:
             note(f"loading {checkpoint.path}")
         pipe = live.load(arguments, overrides)

@@ -74,8 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         if names.count(name) > 1:
             raise UserError(f"{name} is given more than once")
     config = load_config(arguments.config, dict(arguments.settings))
-    if arguments.compile_cache is not False:
-        options.enable_compile_cache()
+    options.enable_compile_cache(arguments.compile_cache)
     if address is None and not arguments.distributed:
         return train(config, resume=arguments.resume, is_quiet=arguments.quiet)
     processes.connect(address)  # nothing has touched a device so far

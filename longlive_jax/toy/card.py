@@ -77,12 +77,14 @@ Report = Mapping[str, Any]
 def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[tuple[str, Report]]:
     """The runs that made a checkpoint, first one first, found by following every run's base.
 
+    A run that gave a reward stands before the one it was given to.
+
     Args:
       reports: report.json of every run, by the name of its folder.
       source: stage, steps and seed of the checkpoint.
 
     Raises:
-      UserError: not exactly one report is the checkpoint's, or that of a base is missing.
+      UserError: not exactly one report is the checkpoint's, that of a base is missing, or a base is no run's.
     """
     last = [name for name, report in reports.items() if _is_of(report, source)]
     if not last:  # a checkpoint from before the end of its run
@@ -97,10 +99,26 @@ def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[t
         if name not in reports:
             raise UserError(f"runs: there is no {name}/report.json, and a later stage began with that run")
         require(name not in dict(found), f"runs: {name} is its own base")
+        settings = reports[name]["settings"]
         found.append((name, reports[name]))
-        base = reports[name]["settings"].get("base") or ""
-        name = pathlib.PurePosixPath(base).parent.name if base else ""
+        if reader := _run_of(name, settings.get("reward", {}).get("reader", "")):
+            require(
+                reader in reports, f"runs: there is no {reader}/report.json, and {name} was rewarded by it"
+            )
+            found.append((reader, reports[reader]))
+        name = _run_of(name, settings.get("base") or "")
     return found[::-1]
+
+
+def _run_of(name: str, checkpoint: str) -> str:
+    """The folder's name of the run that made what the run `name` read, `<run>/export` or `<run>/mean`."""
+    run = pathlib.PurePosixPath(checkpoint).parent.name
+    require(
+        bool(run) or not checkpoint,
+        f"runs: {name} began with {checkpoint!r}, of whose runs there are no reports; name those of a whole "
+        "recipe (`make toy`)",
+    )
+    return run
 
 
 def _is_of(report: Report, source: Mapping[str, Any], *, early: bool = False) -> bool:

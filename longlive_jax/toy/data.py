@@ -215,6 +215,8 @@ def drawings(
       seed: names the data set.
       indices: of the clips, [B].
     """
+    if not share:
+        return [None] * len(codes)
     drawn: list[Drawing | None] = []
     for index, row in zip(indices, codes, strict=True):
         stream = generator(seed, int(index), _DRAWING_STREAM)

@@ -20,7 +20,7 @@ from longlive_jax.training import export as export_lib
 from longlive_jax.training import sampling
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
-from longlive_jax.training.config import DistillTraining, LongTraining
+from longlive_jax.training.config import DistillTraining, LongTraining, Training
 from longlive_jax.training.distill import CRITIC, GENERATOR, Distillation, Given
 from longlive_jax.training.evaluation import Evaluator
 from longlive_jax.training.export import base_model
@@ -33,25 +33,59 @@ NEEDS = ("transformer", "text_encoder", "vae")
 
 
 @dataclasses.dataclass(frozen=True)
+class Surroundings:
+    """What surrounds the student in its base, on the mesh.
+
+    Attributes:
+      model: the stage's model with the base's latent statistics.
+      vae_params: the VAE's parameters.
+      embed: tokens to embeddings.
+      tokenizer: prompts to tokens.
+    """
+
+    model: PipelineConfig
+    vae_params: Params
+    embed: TextEmbedder
+    tokenizer: Tokenizer
+
+    @classmethod
+    def load(cls, config: Training, base: Checkpoint, mesh: jax.sharding.Mesh) -> "Surroundings":
+        """Loads them; a `UserError` names a part that is missing or of another shape."""
+        model = base_model(config, base)
+
+        def part(name: str) -> Params:
+            loaded = base.load(name, dtype=model.dtype, expect=expected_tree(name, model))
+            return sharding.place(loaded, mesh)
+
+        tokenizer = Tokenizer.from_file(base.tokenizer_path, model.text_encoder)
+        embed = TextEmbedder(text_encoder_of(model), part("text_encoder"), mesh)
+        return cls(model, part("vae"), embed, tokenizer)
+
+
+@dataclasses.dataclass(frozen=True)
 class Setup:
     """Everything a stage holds beside its state.
 
     Attributes:
       distillation: what its programs are compiled for.
       given: their frozen arguments, on the mesh.
-      vae_params: the VAE's.
-      embed: tokens to embeddings.
-      tokenizer: prompts to tokens.
+      around: what surrounds the student.
       starts: "generator" and "critic" to the parameters their training begins with (their LoRAs' are
         made by `init_state`).
     """
 
     distillation: Distillation
     given: Given
-    vae_params: Params
-    embed: TextEmbedder
-    tokenizer: Tokenizer
+    around: Surroundings
     starts: dict[str, Params]
+
+    @property
+    def embed(self) -> TextEmbedder:
+        return self.around.embed
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.around.tokenizer
 
 
 def load(config: DistillTraining, mesh: jax.sharding.Mesh) -> Setup:
@@ -61,11 +95,8 @@ def load(config: DistillTraining, mesh: jax.sharding.Mesh) -> Setup:
       UserError: one of them is missing or of another shape.
     """
     base = checkpoint.open_checkpoint(config.base)
-    model = base_model(config, base)
-    encoder = text_encoder_of(model)
-    text = base.load("text_encoder", dtype=model.dtype, expect=expected_tree("text_encoder", model))
-    tokenizer = Tokenizer.from_file(base.tokenizer_path, model.text_encoder)
-    embed = TextEmbedder(encoder, sharding.place(text, mesh), mesh)
+    around = Surroundings.load(config, base, mesh)
+    model = around.model
     starts = {
         GENERATOR: lora.merge_stored(
             base, base.load("transformer", expect=expected_tree("transformer", model))
@@ -73,15 +104,14 @@ def load(config: DistillTraining, mesh: jax.sharding.Mesh) -> Setup:
         CRITIC: _load_critic(config, model, base),
     }
     bases = {name: _placed(starts.pop(name), config.scores.dtype, mesh) for name in adapted(config)}
-    vae = sharding.place(base.load("vae", dtype=model.dtype, expect=expected_tree("vae", model)), mesh)
     given = Given(
         teacher=_placed(_load_teacher(config, model), config.scores.dtype, mesh),
         bases=bases,
-        negative=embed.prompts(tokenizer, [config.scores.negative_prompt]),
-        vae=vae if isinstance(config, LongTraining) else None,
+        negative=around.embed.prompts(around.tokenizer, [config.scores.negative_prompt]),
+        vae=around.vae_params if isinstance(config, LongTraining) else None,
     )
     starts = {name: _placed(params, "float32", mesh) for name, params in starts.items()}
-    return Setup(Distillation(config, model, mesh), given, vae, embed, tokenizer, starts)
+    return Setup(Distillation(config, model, mesh), given, around, starts)
 
 
 def adapted(config: DistillTraining) -> tuple[str, ...]:
@@ -130,12 +160,10 @@ def _merged(distillation: Distillation, given: Given, trained: Params) -> Params
 
 def evaluator(setup: Setup) -> Evaluator:
     """Few-step videos of the generator, see `few_step_evaluator`."""
-    return few_step_evaluator(setup.distillation, setup.vae_params, setup.embed, setup.tokenizer)
+    return few_step_evaluator(setup.distillation, setup.around)
 
 
-def few_step_evaluator(
-    student: Student, vae_params: Params, embed: TextEmbedder, tokenizer: Tokenizer
-) -> Evaluator:
+def few_step_evaluator(student: Student, around: Surroundings) -> Evaluator:
     """Few-step videos of unseen combinations, or of the first prompts of the prompt file."""
     config, model = student.config, student.model
     settings = config.evaluation
@@ -153,8 +181,8 @@ def few_step_evaluator(
     def sample(params: Params, text: Array, seeds: Array) -> Array:
         return sampling.few_step(generator, params, sampling.Prompts(text, None), seeds, shape=shape)
 
-    text = np.asarray(embed.prompts(tokenizer, prompts))
-    return Evaluator(settings, model, vae_params, sample, text, codes)
+    text = np.asarray(around.embed.prompts(around.tokenizer, prompts))
+    return Evaluator(settings, model, around.vae_params, sample, text, codes)
 
 
 def export(setup: Setup, state: TrainState) -> pathlib.Path:

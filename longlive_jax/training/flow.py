@@ -180,13 +180,8 @@ def train_step(
     captions: Array,
 ) -> tuple[TrainState, Metrics]:
     """One update on a batch of `encoded_clips` or of `trajectories`."""
-    network = state.networks[PART]
     loss = functools.partial(loss_fn, config, generator, captions)
-    grads, metrics = states.gradients(
-        loss, network.params, batch, state.step_key(), micro_batches=config.run.micro_batches
-    )
-    network, more = states.update(network, grads, config.optimizer, steps=config.run.steps)
-    return TrainState(state.step + 1, state.key, {PART: network}), metrics | more
+    return states.train_alone(config, PART, loss, state, batch)
 
 
 def loss_fn(

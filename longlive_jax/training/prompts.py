@@ -7,7 +7,7 @@ embedded by the frozen text encoder on the devices.
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -22,7 +22,8 @@ from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.toy import data as toy_data
 from longlive_jax.toy.world import World
-from longlive_jax.training.config import PromptsConfig
+from longlive_jax.training import world as worlds
+from longlive_jax.training.config import DistillTraining, PromptsConfig, RewardTraining
 from longlive_jax.types import Array, Params
 
 PROMPT, SWITCH = "prompt", "switch"
@@ -105,6 +106,14 @@ def token_batches(
         return batch | {f"{name}_codes": rows for name, rows in codes.items()}
 
     return toy_data.stream(stream, shard, tokens)
+
+
+def batches(
+    config: DistillTraining | RewardTraining, tokenizer: Tokenizer, *, with_switch: bool
+) -> Iterator[TextBatch]:
+    """This process's `token_batches` of a stage; an iterator of Grain, whose place checkpoints remember."""
+    world, shard = worlds.world_of(config.model), worlds.shard()
+    return iter(token_batches(config.data, world, tokenizer, shard=shard, with_switch=with_switch))
 
 
 def read_prompts(path: str | pathlib.Path, *, field: str = "data.prompts") -> list[str]:

@@ -20,24 +20,19 @@ import numpy as np
 from longlive_jax import checkpoint, lora, sharding
 from longlive_jax.convert.shapes import expected_tree
 from longlive_jax.errors import require
-from longlive_jax.inference.parts import text_encoder_of
-from longlive_jax.models.tokenizer import Tokenizer
 from longlive_jax.toy import reader as readers
 from longlive_jax.toy.reader import BlockReader
 from longlive_jax.toy.world import FIELDS
-from longlive_jax.training import distill, distill_setup
+from longlive_jax.training import distill
 from longlive_jax.training import export as export_lib
 from longlive_jax.training import state as states
 from longlive_jax.training.config import RewardTraining
-from longlive_jax.training.evaluation import Evaluator
-from longlive_jax.training.export import base_model
-from longlive_jax.training.prompts import TextEmbedder
+from longlive_jax.training.distill_setup import Surroundings
 from longlive_jax.training.rollout import Rollout, Sequence
 from longlive_jax.training.state import Metrics, TrainState
 from longlive_jax.training.student import Student
 from longlive_jax.types import Array, Params, PRNGKey, pytree
 
-NEEDS = ("transformer", "text_encoder", "vae")
 GENERATOR = distill.GENERATOR
 READER = "reader"
 
@@ -94,16 +89,12 @@ class Setup:
     Attributes:
       tuning: what its programs are compiled for.
       given: their frozen arguments, on the mesh.
-      embed: tokens to embeddings.
-      tokenizer: prompts to tokens.
-      evaluator: few-step videos of unseen combinations.
+      around: what surrounds the student.
     """
 
     tuning: Tuning
     given: Given
-    embed: TextEmbedder
-    tokenizer: Tokenizer
-    evaluator: Evaluator
+    around: Surroundings
 
 
 def load(config: RewardTraining, mesh: jax.sharding.Mesh) -> Setup:
@@ -113,22 +104,18 @@ def load(config: RewardTraining, mesh: jax.sharding.Mesh) -> Setup:
       UserError: one of them is missing or of another shape.
     """
     base = checkpoint.open_checkpoint(config.base)
-    model = base_model(config, base)
+    around = Surroundings.load(config, base, mesh)
+    model = around.model
     where = config.reward.reader or config.base
     opened = checkpoint.open_checkpoint(where, field="reward.reader")
     require(READER in opened.parts, f"reward.reader={where} has no reader; train one (configs/toy/reader.py)")
     read = opened.load(READER, dtype=np.float32)
-    student = Student(config, model, mesh)
-    block = (model.window.block_frames, *student.latent_size, model.vae.z_dim)
+    size = model.latent_size(model.video.height, model.video.width)
+    block = (model.window.block_frames, *size, model.vae.z_dim)
     tuning = Tuning(config, model, mesh, readers.reader_of(read, block=block, where=where))
     params = base.load("transformer", dtype=np.float32, expect=expected_tree("transformer", model))
-    text = base.load("text_encoder", dtype=model.dtype, expect=expected_tree("text_encoder", model))
-    vae = base.load("vae", dtype=model.dtype, expect=expected_tree("vae", model))
-    tokenizer = Tokenizer.from_file(base.tokenizer_path, model.text_encoder)
-    embed = TextEmbedder(text_encoder_of(model), sharding.place(text, mesh), mesh)
     given = Given(sharding.place(lora.merge_stored(base, params), mesh), sharding.place(read, mesh))
-    evaluator = distill_setup.few_step_evaluator(tuning, sharding.place(vae, mesh), embed, tokenizer)
-    return Setup(tuning, given, embed, tokenizer, evaluator)
+    return Setup(tuning, given, around)
 
 
 def init_state(setup: Setup) -> TrainState:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from longlive_jax.training.config import OptimizerConfig, RunConfig
+from longlive_jax.training.config import OptimizerConfig, RunConfig, Training
 from longlive_jax.types import Array, Params, PRNGKey, pytree
 
 T = TypeVar("T")
@@ -214,6 +214,26 @@ def update(
     kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), after, network)
     rate = learning_rate(config, steps=steps)(network.updates)
     return kept, {"grad_norm": norm, "learning_rate": jnp.asarray(rate, jnp.float32)}
+
+
+def train_alone(
+    config: Training, name: str, loss: LossFn, state: TrainState, batch: Any
+) -> tuple[TrainState, Metrics]:
+    """One step of a stage that trains a single network.
+
+    Args:
+      config: the stage's.
+      name: of the network.
+      loss: what is minimised; see `gradients`.
+      state: before the step.
+      batch: a tree of arrays with B rows.
+    """
+    network = state.networks[name]
+    grads, metrics = gradients(
+        loss, network.params, batch, state.step_key(), micro_batches=config.run.micro_batches
+    )
+    network, more = update(network, grads, config.optimizer, steps=config.run.steps)
+    return TrainState(state.step + 1, state.key, {name: network}), metrics | more
 
 
 def _averaged(network: Network, params: Params, config: OptimizerConfig) -> Params | None:

@@ -2,6 +2,7 @@
 
 import pathlib
 
+import jax
 import pytest
 
 from longlive_jax.cli import options, train
@@ -10,21 +11,27 @@ from longlive_jax.cli.main import main
 CONFIG = pathlib.Path(__file__).parents[2] / "configs/toy/text.py"
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """What commands ask of the cache, and that it was before their work."""
+    found = []
+    monkeypatch.setattr(options, "enable_compile_cache", found.append)
+    monkeypatch.setattr(train, "train", lambda *_, **__: found.append("work") or 0)
+    monkeypatch.setattr("longlive_jax.verify.verify_layers", lambda *_, **__: found.append("work"))
+    return found
+
+
 @pytest.mark.parametrize(
-    ("words", "enabled"), [([], 1), (["--no-compile-cache"], 0), (["--compile-cache"], 1)]
+    ("words", "wanted"), [([], None), (["--no-compile-cache"], False), (["--compile-cache"], True)]
 )
-def test_train(words, enabled, monkeypatch):
-    calls = []
-    monkeypatch.setattr(options, "enable_compile_cache", lambda: calls.append("cache"))
-    monkeypatch.setattr(train, "train", lambda *_, **__: calls.append("train") or 0)
-    assert main(["train", str(CONFIG), *words]) == 0
-    assert calls == ["cache"] * enabled + ["train"]
+@pytest.mark.parametrize(
+    "command", [["train", str(CONFIG)], ["verify", "toy", "--layers"]], ids=lambda c: c[0]
+)
+def test_commands_say_what_was_asked_for(command, words, wanted, calls):
+    assert main([*command, *words]) == 0
+    assert calls == [wanted, "work"]
 
 
-@pytest.mark.parametrize(("words", "enabled"), [([], 1), (["--no-compile-cache"], 0)])
-def test_verify(words, enabled, monkeypatch):
-    calls = []
-    monkeypatch.setattr(options, "enable_compile_cache", lambda: calls.append("cache"))
-    monkeypatch.setattr("longlive_jax.verify.verify_layers", lambda *_, **__: calls.append("verify"))
-    assert main(["verify", "toy", "--layers", *words]) == 0
-    assert calls == ["cache"] * enabled + ["verify"]
+def test_not_wanted_changes_nothing(monkeypatch):
+    monkeypatch.setattr(jax.config, "update", lambda *_: pytest.fail("a setting was changed"))
+    assert options.enable_compile_cache(False) is False

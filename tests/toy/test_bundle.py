@@ -284,6 +284,22 @@ def test_a_card_for_other_weights_is_refused(measured, smoke_checkpoint, package
     assert not (package / bundle.CARD_FILE).exists()
 
 
+def began_with(base):
+    found = report("long", "", stage="long")
+    return {**found, "settings": {**found["settings"], "base": base}}
+
+
+def rewarded():
+    found = began_with("runs/toy/init/mean")
+    return {**found, "settings": {**found["settings"], "reward": {"reader": "runs/toy/reader/export"}}}
+
+
+def test_what_gave_a_reward_stands_before_what_it_was_given_to():
+    runs = {"long": rewarded(), "init": report("init", ""), "reader": report("reader", "vae", stage="reader")}
+    found = card.chain(runs, source={"stage": "long", "steps": 10, "seed": 3})
+    assert [name for name, _ in found] == ["init", "reader", "long"]
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
@@ -291,6 +307,8 @@ def test_a_card_for_other_weights_is_refused(measured, smoke_checkpoint, package
         ({"long": report("long", "init", stage="long")}, "no init/report.json"),
         ({"long": report("long", "long", stage="long")}, "its own base"),
         ({"a": report("a", "", stage="long"), "b": report("b", "", stage="long")}, "2 reports"),
+        ({"long": began_with("toy")}, "long began with 'toy', of whose runs there are no reports"),
+        ({"long": rewarded()}, "no reader/report.json, and long was rewarded by it"),
     ],
 )
 def test_runs_that_do_not_explain_the_model_are_refused(runs, message):

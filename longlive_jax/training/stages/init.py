@@ -11,7 +11,6 @@ import jax
 from longlive_jax.training import distill
 from longlive_jax.training import distill_setup as setups
 from longlive_jax.training import prompts as prompts_lib
-from longlive_jax.training import world as worlds
 from longlive_jax.training.config import InitTraining
 from longlive_jax.training.loop import Resume, TrainingRun, check_base, make_mesh
 from longlive_jax.training.prompts import PROMPT
@@ -23,12 +22,7 @@ def train(config: InitTraining, *, resume: Resume = "never", is_quiet: bool = Fa
     mesh = make_mesh(config)
     with TrainingRun(config, resume=resume, is_quiet=is_quiet) as run:
         setup = setups.load(config, mesh)
-        world = worlds.world_of(config.model)
-        batches = iter(
-            prompts_lib.token_batches(
-                config.data, world, setup.tokenizer, shard=worlds.shard(), with_switch=False
-            )
-        )
+        batches = prompts_lib.batches(config, setup.tokenizer, with_switch=False)
         evaluator = setups.evaluator(setup)
         train_generator, train_critic = (
             jax.jit(functools.partial(distill.train, setup.distillation, name), donate_argnums=0)

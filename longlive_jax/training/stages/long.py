@@ -14,7 +14,6 @@ import numpy as np
 from longlive_jax.training import distill
 from longlive_jax.training import distill_setup as setups
 from longlive_jax.training import prompts as prompts_lib
-from longlive_jax.training import world as worlds
 from longlive_jax.training.config import LongTraining
 from longlive_jax.training.distill import CRITIC, GENERATOR
 from longlive_jax.training.loop import Resume, TrainingRun, check_base, make_mesh
@@ -28,15 +27,8 @@ def train(config: LongTraining, *, resume: Resume = "never", is_quiet: bool = Fa
     mesh = make_mesh(config)
     with TrainingRun(config, resume=resume, is_quiet=is_quiet) as run:
         setup = setups.load(config, mesh)
-        batches = iter(
-            prompts_lib.token_batches(
-                config.data,
-                worlds.world_of(config.model),
-                setup.tokenizer,
-                shard=worlds.shard(),
-                with_switch=bool(config.streaming.switch_frames),
-            )
-        )
+        switches = bool(config.streaming.switch_frames)
+        batches = prompts_lib.batches(config, setup.tokenizer, with_switch=switches)
         evaluator = setups.evaluator(setup)
         begin = jax.jit(functools.partial(distill.begin_long, setup.distillation), static_argnames="name")
         advance = {

@@ -101,13 +101,8 @@ def train_step(
     config: ReaderTraining, reader: BlockReader, state: TrainState, batch: dict[str, Array]
 ) -> tuple[TrainState, Metrics]:
     """One update on a batch of `rows`."""
-    network = state.networks[PART]
     loss = functools.partial(loss_fn, config, reader)
-    grads, metrics = states.gradients(
-        loss, network.params, batch, state.step_key(), micro_batches=config.run.micro_batches
-    )
-    network, more = states.update(network, grads, config.optimizer, steps=config.run.steps)
-    return TrainState(state.step + 1, state.key, {PART: network}), metrics | more
+    return states.train_alone(config, PART, loss, state, batch)
 
 
 def loss_fn(

@@ -13,8 +13,8 @@ import numpy as np
 
 from longlive_jax import sharding
 from longlive_jax.training import distill, reward
+from longlive_jax.training import distill_setup as setups
 from longlive_jax.training import prompts as prompts_lib
-from longlive_jax.training import world as worlds
 from longlive_jax.training.config import RewardTraining
 from longlive_jax.training.loop import Resume, TrainingRun, check_base, make_mesh
 from longlive_jax.training.prompts import PROMPT, SWITCH
@@ -22,19 +22,13 @@ from longlive_jax.training.prompts import PROMPT, SWITCH
 
 def train(config: RewardTraining, *, resume: Resume = "never", is_quiet: bool = False) -> dict[str, Any]:
     """Trains the generator (or its LoRA) and exports it; returns the report."""
-    check_base(config, *reward.NEEDS)
+    check_base(config, *setups.NEEDS)
     mesh = make_mesh(config)
     with TrainingRun(config, resume=resume, is_quiet=is_quiet) as run:
         setup = reward.load(config, mesh)
-        batches = iter(
-            prompts_lib.token_batches(
-                config.data,
-                worlds.world_of(config.model),
-                setup.tokenizer,
-                shard=worlds.shard(),
-                with_switch=bool(config.streaming.switch_frames),
-            )
-        )
+        switches = bool(config.streaming.switch_frames)
+        batches = prompts_lib.batches(config, setup.around.tokenizer, with_switch=switches)
+        evaluator = setups.few_step_evaluator(setup.tuning, setup.around)
         begin = jax.jit(functools.partial(reward.begin, setup.tuning))
         advance = jax.jit(
             functools.partial(reward.train, setup.tuning), donate_argnums=0, static_argnames="new_frames"
@@ -46,7 +40,7 @@ def train(config: RewardTraining, *, resume: Resume = "never", is_quiet: bool = 
         for step in run.steps():
             if not streaming.choices(frame):
                 batch = next(batches)
-                text, codes = setup.embed(batch), sharding.place_batch(_codes(batch), mesh)
+                text, codes = setup.around.embed(batch), sharding.place_batch(_codes(batch), mesh)
                 asked = begin(state, text[PROMPT], codes[PROMPT], text.get(SWITCH), codes.get(SWITCH))
                 state, frame = dataclasses.replace(state, extra=asked), 0
             random = distill.host_random(config.run.seed, step, reward.GENERATOR)
@@ -56,8 +50,8 @@ def train(config: RewardTraining, *, resume: Resume = "never", is_quiet: bool = 
             video_frames = config.data.batch_size * new_frames * config.model.vae.temporal_stride
             run.after(step, state, metrics, frames=video_frames)
             if run.is_evaluation_due(step):
-                videos = setup.evaluator.videos(reward.student_params(setup, state))
-                run.evaluated(step, setup.evaluator.scores(videos), videos)
+                videos = evaluator.videos(reward.student_params(setup, state))
+                run.evaluated(step, evaluator.scores(videos), videos)
             if run.is_early_export_due(step):
                 run.exported(step, reward.export(setup, state))
         return run.finish(export=reward.export(setup, state))
