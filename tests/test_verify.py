@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,6 +12,7 @@ from longlive_jax.convert import keys_text_encoder, keys_transformer, keys_vae
 from longlive_jax.errors import UserError
 from longlive_jax.models.tokenizer import train_word_tokenizer
 from longlive_jax.verify import COMPONENTS, FLOAT32, read_recording, verify
+from tests import diffusers_models
 from tests.fixtures import CHECKPOINTS, load, weights
 from tests.models._loading import load_tree
 
@@ -110,7 +110,14 @@ def toy_recording(tmp_path_factory):
     latents = random.standard_normal((1, 2, 16, 8, 8), np.float32)
     text = random.standard_normal((1, config.transformer.text_len, config.transformer.text_dim), np.float32)
     timestep = np.asarray([625.0], np.float32)
-    transformer, vae = toy_transformer(opened), toy_vae(opened)
+    config = opened.config
+    transformer = loaded(
+        diffusers_models.transformer(config.transformer),
+        opened,
+        "transformer",
+        keys_transformer.diffusers_table(config.transformer),
+    )
+    vae = loaded(diffusers_models.vae(config.vae), opened, "vae", keys_vae.diffusers_table(config.vae))
     mean, std = (np.float32(v)[:, None, None] for v in (config.vae.latent_mean, config.vae.latent_std))
     with torch.no_grad():
         text_states, raw = torch.from_numpy(text), torch.from_numpy(latents * std + mean)
@@ -129,31 +136,6 @@ def toy_recording(tmp_path_factory):
     path = tmp_path_factory.mktemp("toy") / "recorded.npz"
     np.savez(path, **arrays)
     return path
-
-
-def toy_transformer(opened):
-    config = opened.config.transformer
-    model = diffusers.WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-    )
-    return loaded(model, opened, "transformer", keys_transformer.diffusers_table(config))
-
-
-def toy_vae(opened):
-    config = opened.config.vae
-    model = diffusers.AutoencoderKLWan(
-        base_dim=config.dim,
-        z_dim=config.z_dim,
-        dim_mult=list(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temperal_downsample=list(config.temporal_downsample),
-    )
-    return loaded(model, opened, "vae", keys_vae.diffusers_table(config))
 
 
 def loaded(model, opened, part, table):

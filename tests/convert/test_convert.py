@@ -15,6 +15,7 @@ from longlive_jax import checkpoint, lora, storage
 from longlive_jax.convert.convert import convert
 from longlive_jax.convert.export import export
 from longlive_jax.errors import UserError
+from tests import diffusers_models
 from tests.convert import sources
 from tests.convert.sources import LONGLIVE, RECORDED, WAN
 from tests.fixtures import load
@@ -422,20 +423,12 @@ def _parts(ours: pathlib.Path) -> list[str]:
 
 
 def _library_models() -> dict:
-    from diffusers import AutoencoderKLWan, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
     t, e, v = sources.TINY.transformer, sources.TINY.text_encoder, sources.TINY.vae
     return {
-        "transformer": WanTransformer3DModel(
-            num_attention_heads=t.num_heads,
-            attention_head_dim=t.head_dim,
-            text_dim=t.text_dim,
-            freq_dim=t.freq_dim,
-            ffn_dim=t.ffn_dim,
-            num_layers=t.num_layers,
-        ),
-        "vae": AutoencoderKLWan(base_dim=v.dim, z_dim=v.z_dim),
+        "transformer": diffusers_models.transformer(t),
+        "vae": diffusers_models.vae(v),
         "text_encoder": UMT5EncoderModel(
             UMT5Config(
                 vocab_size=e.vocab_size,

@@ -16,6 +16,7 @@ from longlive_jax.convert.shapes import expected
 from longlive_jax.models.text_encoder import TextEncoder
 from longlive_jax.models.transformer import Transformer
 from longlive_jax.models.vae import WanVAE
+from tests import diffusers_models
 from tests.convert import sources
 from tests.convert.sources import WAN
 from tests.fixtures import load
@@ -24,18 +25,9 @@ TOLERANCE = {"rtol": 1e-4, "atol": 2e-5}
 
 
 def test_diffusers_transformer(tmp_path: pathlib.Path) -> None:
-    from diffusers import WanTransformer3DModel
-
     config = sources.TINY.transformer
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        num_attention_heads=config.num_heads,
-        attention_head_dim=config.head_dim,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-    ).eval()
+    model = diffusers_models.transformer(config)
     for parameter in model.parameters():  # norms and tables too, so that no swap goes unseen
         torch.nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(tmp_path / "transformer")

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
 
 from longlive_jax.config import TransformerConfig
 from longlive_jax.convert import keys_transformer
 from longlive_jax.models.transformer import Transformer
+from tests import diffusers_models
 from tests.models._loading import load_tree
 
 CONFIG = TransformerConfig(
@@ -22,17 +22,7 @@ CONFIG = TransformerConfig(
 @pytest.fixture(scope="module")
 def theirs() -> torch.nn.Module:
     torch.manual_seed(0)
-    model = WanTransformer3DModel(
-        patch_size=CONFIG.patch,
-        num_attention_heads=CONFIG.num_heads,
-        attention_head_dim=CONFIG.head_dim,
-        in_channels=CONFIG.latent_channels,
-        out_channels=CONFIG.latent_channels,
-        text_dim=CONFIG.text_dim,
-        freq_dim=CONFIG.freq_dim,
-        ffn_dim=CONFIG.ffn_dim,
-        num_layers=CONFIG.num_layers,
-    ).eval()
+    model = diffusers_models.transformer(CONFIG)
     with torch.no_grad():  # biases, gains and modulation tables away from their trivial initial values
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))

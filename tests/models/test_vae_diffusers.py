@@ -13,6 +13,7 @@ from diffusers import AutoencoderKLWan
 from longlive_jax.config import WAN_VAE, VAEConfig
 from longlive_jax.convert import keys_vae
 from longlive_jax.models.vae import WanVAE
+from tests import diffusers_models
 from tests.models._loading import load_tree
 
 CONFIGS = {
@@ -24,13 +25,7 @@ CONFIGS = {
 @functools.cache
 def reference(name):
     config = CONFIGS[name]
-    model = AutoencoderKLWan(
-        base_dim=config.dim,
-        z_dim=config.z_dim,
-        dim_mult=list(config.dim_mult),
-        num_res_blocks=config.num_res_blocks,
-        temperal_downsample=list(config.temporal_downsample),
-    ).eval()
+    model = diffusers_models.vae(config)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
