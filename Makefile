@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init long
 TOY_TUNING := reader reward
 TOY_MEAN := $(addprefix runs/toy/long/exports/,000360 000420 000480 000540)
-# Where `make toy-bundle` finds them, and the checkpoints whose mean it ships.
+# Where `make toy-bundle` finds them, and what it ships.
 TOY ?= runs/toy
 SHIPPED ?= $(TOY)/reward/export
 
@@ -62,14 +62,14 @@ endef
 toy: $(VENV)/.demo
 	$(call trained,$(TOY_RUNS))
 	@test -d runs/toy/long/mean || \
-	  $(BIN)/python -m longlive_jax.toy.bundle weights --to runs/toy/long/mean $(TOY_MEAN)
+	  $(BIN)/python -m longlive_jax.toy.bundle weights --runs runs/toy --to runs/toy/long/mean $(TOY_MEAN)
 	$(call trained,$(TOY_TUNING))
 
 # What is measured is what is shipped. Goes on where it was stopped, like the training.
 toy-bundle: $(VENV)/.demo
-	$(BIN)/python -m longlive_jax.toy.bundle weights $(SHIPPED)
+	$(BIN)/python -m longlive_jax.toy.bundle weights --runs $(TOY) $(SHIPPED)
 	$(BIN)/python -m benchmarks.toy_model toy --compare init=$(TOY)/init/export
-	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json --runs $(TOY)
+	$(BIN)/python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json
 	$(BIN)/python examples/demo.py outputs/demo
 	mkdir -p docs/images
 	cp outputs/demo/demo.png docs/images/toy_demo.png

@@ -25,7 +25,7 @@ BETAS = (0.0, 0.999)
 def get_config() -> LongTraining:
     return LongTraining(
         model=preset("toy"),
-        # The mean of the last exports is better than each of them (`make toy-bundle` takes it).
+        # The mean of the last exports is better than each of them (`make toy` goes on with it).
         run=RunConfig(
             folder="runs/toy/long", steps=540, checkpoint_every=60, export_every=60, keep_exports=True
         ),

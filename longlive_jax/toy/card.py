@@ -1,7 +1,7 @@
 """The bundled model's card as Markdown: from measurements and reports, every number with its interval."""
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from longlive_jax.errors import UserError, require
@@ -72,9 +72,17 @@ _SWITCH_ROWS = (
 _POLICIES = ("recache", "keep", "clear")
 
 Report = Mapping[str, Any]
+Run = Mapping[str, Any]
+"""What is told of a run, as `training` gives it. `averaged` is of how many exports the mean went on, `note`
+what else there is to know; both may be missing."""
 
 
-def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[tuple[str, Report]]:
+def training(
+    reports: Mapping[str, Report],
+    *,
+    source: Mapping[str, Any],
+    recorded: Callable[[str], Sequence[Run] | None],
+) -> list[Run]:
     """The runs that made a checkpoint, first one first, found by following every run's base.
 
     A run that gave a reward stands before the one it was given to.
@@ -82,9 +90,11 @@ def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[t
     Args:
       reports: report.json of every run, by the name of its folder.
       source: stage, steps and seed of the checkpoint.
+      recorded: the runs that a checkpoint's own record names, given where it is; None if it has no record.
 
     Raises:
-      UserError: not exactly one report is the checkpoint's, that of a base is missing, or a base is no run's.
+      UserError: not exactly one report is the checkpoint's, that of a base is missing, or a run is its own
+        base.
     """
     last = [name for name, report in reports.items() if _is_of(report, source)]
     if not last:  # a checkpoint from before the end of its run
@@ -94,23 +104,28 @@ def chain(reports: Mapping[str, Report], *, source: Mapping[str, Any]) -> list[t
         f"runs: {len(last)} reports (of {', '.join(reports) or 'none'}) are of the stage, steps and seed "
         f"{dict(source)}; name the folder that holds the checkpoint's run and its predecessors",
     )
-    name, found = last[0], list[tuple[str, Report]]()
+    name, found = last[0], list[Run]()
     while name:
         if name not in reports:
             raise UserError(f"runs: there is no {name}/report.json, and a later stage began with that run")
-        require(name not in dict(found), f"runs: {name} is its own base")
         settings = reports[name]["settings"]
-        found.append((name, reports[name]))
-        if reader := _run_of(name, settings.get("reward", {}).get("reader", "")):
+        base, reader = settings.get("base") or "", settings.get("reward", {}).get("reader", "")
+        found.append(_run(name, reports[name]))
+        if reader := _folder(name, reader):
             require(
                 reader in reports, f"runs: there is no {reader}/report.json, and {name} was rewarded by it"
             )
-            found.append((reader, reports[reader]))
-        name = _run_of(name, settings.get("base") or "")
+            found.append(_run(reader, reports[reader]))
+        earlier = recorded(base) if base else None
+        name = "" if earlier else _folder(name, base)
+        known = [run["run"] for run in (*(earlier or ()), *found)]
+        twice = {each for each in (name, *known) if known.count(each) + (each == name) > 1}
+        require(not twice, f"runs: {', '.join(sorted(twice))} is its own base")
+        found += reversed(earlier or ())
     return found[::-1]
 
 
-def _run_of(name: str, checkpoint: str) -> str:
+def _folder(name: str, checkpoint: str) -> str:
     """The folder's name of the run that made what the run `name` read, `<run>/export` or `<run>/mean`."""
     run = pathlib.PurePosixPath(checkpoint).parent.name
     require(
@@ -119,6 +134,25 @@ def _run_of(name: str, checkpoint: str) -> str:
         "recipe (`make toy`)",
     )
     return run
+
+
+def _run(name: str, report: Report) -> Run:
+    """What the card tells of a run."""
+    settings, metric = report["settings"], report["settings"]["evaluation"]["metric"]
+    return {
+        "run": name,
+        "stage": report["stage"],
+        "steps": report["steps"],
+        "planned": settings["run"]["steps"],
+        "batch": settings["data"]["batch_size"],
+        "frames": _clip_frames(settings),
+        "learning_rate": settings["optimizer"]["learning_rate"],
+        "seed": settings["run"]["seed"],
+        "hours": report["steps"] * (report["seconds_per_step"] or 0) / 3600,
+        "metric": metric,
+        "score": report["scores"].get(metric),
+        "devices": str(report["environment"]["devices"]),
+    }
 
 
 def _is_of(report: Report, source: Mapping[str, Any], *, early: bool = False) -> bool:
@@ -130,25 +164,23 @@ def _is_of(report: Report, source: Mapping[str, Any], *, early: bool = False) ->
 
 def render(
     measured: Mapping[str, Any],
-    reports: Sequence[tuple[str, Report]],
+    runs: Sequence[Run],
     *,
     parameters: Mapping[str, int],
     size: int,
-    averaged: int = 1,
 ) -> str:
     """Writes the card.
 
     Args:
       measured: what `benchmarks/toy_model.py` wrote.
-      reports: the runs, first one first; see `chain`.
+      runs: what was trained, first one first; see `training`.
       parameters: number of parameters of every part.
       size: bytes of the weights.
-      averaged: checkpoints of the last run whose mean they are.
     """
     sections = [
         _introduction(measured, parameters, size),
         _data(),
-        _recipe(reports, averaged),
+        _recipe(runs),
         _measurements(measured),
         _differences(measured),
         _limits(),
@@ -194,41 +226,43 @@ combinations are held out: no stage trains on them, and all numbers below are me
 switch goes to a held-out combination too, unless none differs in just the attributes that are to change.)"""
 
 
-def _recipe(reports: Sequence[tuple[str, Report]], averaged: int) -> str:
+def _recipe(runs: Sequence[Run]) -> str:
     lines = [
         "| Run | Trains | Steps | Batch | Latent frames | Learning rate | Seed | Hours | Held-out score |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    total = 0.0
-    for name, report in reports:
-        settings, metric = report["settings"], report["settings"]["evaluation"]["metric"]
-        hours = report["steps"] * (report["seconds_per_step"] or 0) / 3600
-        total += hours
-        score = report["scores"].get(metric)
-        steps, planned = report["steps"], settings["run"]["steps"]
-        made = str(steps) if steps == planned else f"{steps} of {planned}"
+    notes: dict[str, list[str]] = {}
+    for run in runs:
+        steps = str(run["steps"])
+        score = "" if run["score"] is None else f"{run['metric']} {run['score']:.3f}"
+        if run["steps"] != run["planned"]:
+            steps += f" of {run['planned']}"
+        if run.get("averaged", 1) > 1:
+            steps += f", mean of {run['averaged']} exports"
         lines.append(
-            f"| `{name}` | {_TRAINS.get(report['stage'], report['stage'])} | {made} "
-            f"| {settings['data']['batch_size']} | {_clip_frames(settings)} "
-            f"| {settings['optimizer']['learning_rate']:g} | {settings['run']['seed']} | {hours:.2f} "
-            f"| {f'{metric} {score:.3f}' if score is not None else ''} |"
+            f"| `{run['run']}` | {_TRAINS.get(run['stage'], run['stage'])} | {steps} | {run['batch']} "
+            f"| {run['frames']} | {run['learning_rate']:g} | {run['seed']} | {run['hours']:.2f} "
+            f"| {score} |"
         )
-    mean = f"\nThe model is the mean of {averaged} exports of the last run." if averaged > 1 else ""
-    devices = sorted({str(report["environment"]["devices"]) for _, report in reports})
+        if "note" in run:
+            notes.setdefault(run["note"], []).append(f"`{run['run']}`")
+    if notes:
+        lines += ["", *(f"- {', '.join(names)}: {note}" for note, names in notes.items())]
+    total, devices = sum(run["hours"] for run in runs), sorted({run["devices"] for run in runs})
     return f"""\
 ## Training
 
 {total:.1f} hours of steps in all, on {" and ".join(devices)}.
 Hours are steps times the mean seconds per step. The settings of every run are in `configs/toy`;
-`make toy` repeats them{_more(reports)}.{mean}
+`make toy` repeats them{_more(runs)}.
 
 {chr(10).join(lines)}"""
 
 
-def _more(reports: Sequence[tuple[str, Report]]) -> str:
+def _more(runs: Sequence[Run]) -> str:
     """What a repetition does otherwise: runs that were stopped early are made to their end."""
-    early = [name for name, report in reports if report["steps"] < report["settings"]["run"]["steps"]]
-    return f", with all planned steps of {', '.join(f'`{name}`' for name in early)}" if early else ""
+    early = [f"`{run['run']}`" for run in runs if run["steps"] < run["planned"]]
+    return f", with all planned steps of {', '.join(early)}" if early else ""
 
 
 def _clip_frames(settings: Mapping[str, Any]) -> int:

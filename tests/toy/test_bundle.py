@@ -80,7 +80,6 @@ def test_of_several_checkpoints_the_mean_is_stored(package, smoke_checkpoint):
     found = checkpoint.open_checkpoint("toy")
     trees = [checkpoint.open_checkpoint(path).load("transformer", dtype=np.float32) for path in every]
     mean = jax.tree.map(lambda a, b: (a + b) / 2, *trees)
-    assert found.source["averaged"] == 2
     stored = found.load("transformer", dtype=np.float32)
     for a, b in zip(jax.tree.leaves(stored), jax.tree.leaves(mean), strict=True):
         np.testing.assert_allclose(a, b, rtol=1 / 256, atol=1e-6)
@@ -164,6 +163,9 @@ def test_the_demo_makes_its_video(package, smoke_checkpoint, capsys):
 # --- the card ---------------------------------------------------------------------------------------
 
 
+SOURCE = {"stage": "long", "steps": 10, "seed": 3}
+
+
 def report(name, base, *, stage="teacher", steps=10, seed=3):
     return {
         "stage": stage,
@@ -182,10 +184,32 @@ def report(name, base, *, stage="teacher", steps=10, seed=3):
 
 
 @pytest.fixture
+def package_of(smoke_checkpoint, package):
+    """Stores the model (of one export, or the mean of several) with the record of runs given as reports."""
+
+    def store(reports, *, averaged=1):
+        for name, values in reports.items():
+            pathlib.Path("runs", name).mkdir(parents=True)
+            pathlib.Path("runs", name, "report.json").write_text(json.dumps(values))
+        made = finished(smoke_checkpoint(0))
+        return bundle.main(["weights", "--runs", "runs", *[str(made)] * averaged])
+
+    return store
+
+
+def finished(path, **changes):
+    """A copy of a checkpoint whose source is the end of the run `long`, with some changes."""
+    copy = shutil.copytree(path, pathlib.Path("made"), dirs_exist_ok=True)
+    values = json.loads((copy / "config.json").read_text())
+    values["source"] = {**SOURCE, **changes}
+    (copy / "config.json").write_text(json.dumps(values))
+    return copy
+
+
+@pytest.fixture
 def measured(smoke_checkpoint, package):
-    """The results of a measurement that saw everything hold, of the bundled weights."""
-    bundle.bundle(smoke_checkpoint(0))
-    opened = checkpoint.open_checkpoint("toy")
+    """The results of a measurement that saw everything hold, of the weights of `package_of`."""
+    opened = checkpoint.open_checkpoint(bundle.bundle(smoke_checkpoint(0), destination="measured"))
     value = {"mean": 0.9, "low": 0.8, "high": 0.95, "clips": 64}
     rows = {name: value for name, _ in (*card._CLIP_ROWS, *card._LONG_ROWS, *card._SWITCH_ROWS)}
     rows |= {name: {"mean": [i / 20 for i in range(20)]} for name, _ in card._WINDOW_ROWS}
@@ -211,18 +235,16 @@ def measured(smoke_checkpoint, package):
     }
 
 
-def write_inputs(measured, reports):
+def written_card(measured):
     pathlib.Path("r.json").write_text(json.dumps(measured))
-    for name, values in reports.items():
-        pathlib.Path("runs", name).mkdir(parents=True)
-        pathlib.Path("runs", name, "report.json").write_text(json.dumps(values))
+    assert bundle.main(["card", "--results", "r.json"]) == 0
+    return (checkpoint.BUNDLED["toy"] / bundle.CARD_FILE).read_text()
 
 
-def test_the_card_tells_what_was_trained_and_measured(measured, package, capsys):
+def test_the_card_tells_what_was_trained_and_measured(measured, package_of):
     runs = {"a": report("a", ""), "b": report("b", "a"), "long": report("long", "b", stage="long")}
-    write_inputs(measured, {**runs, "elsewhere": report("elsewhere", "a", steps=7)})
-    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 0
-    text = (package / bundle.CARD_FILE).read_text()
+    assert package_of({**runs, "elsewhere": report("elsewhere", "a", steps=7)}) == 0
+    text = written_card(measured)
     places = [text.index(f"| `{name}` |") for name in runs]
     assert places == sorted(places)
     assert "elsewhere" not in text
@@ -244,44 +266,62 @@ def test_the_card_tells_what_was_trained_and_measured(measured, package, capsys)
     assert "gate** (colour 0.95, shape 0.85, motion 0.85, iou 0.65): colour 0.90." in text
 
 
-def test_the_card_of_an_early_export_names_the_runs_that_stopped_early(measured, package):
+def test_the_card_of_an_early_export_names_the_runs_that_stopped_early(measured, package_of):
     """The base was stopped after 10 of 30 steps; the model is from before the end of its own run."""
     runs = {"base": report("base", ""), "long": report("long", "base", stage="long", steps=40)}
     runs["base"]["settings"]["run"]["steps"] = 30
-    write_inputs(measured, runs)
-    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 0
-    text = (package / bundle.CARD_FILE).read_text()
+    assert package_of(runs) == 0
+    text = written_card(measured)
     assert "| `base` | the bidirectional teacher, by flow matching | 10 of 30 |" in text
     assert "`make toy` repeats them, with all planned steps of `base`.\n" in text
 
 
-def test_the_card_says_when_the_gate_is_reached(measured, package, capsys):
+def test_the_card_says_when_the_gate_is_reached(measured, package_of):
     good = {"mean": 0.96, "low": 0.95, "high": 0.97, "clips": 64}
     measured["cells"] = {name: {**cell, "colour": good} for name, cell in measured["cells"].items()}
-    write_inputs(measured, {"long": report("long", "", stage="long")})
-    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 0
-    assert (
-        "gate (colour 0.95, shape 0.85, motion 0.85, iou 0.65) is reached"
-        in (package / bundle.CARD_FILE).read_text()
-    )
+    assert package_of({"long": report("long", "", stage="long")}) == 0
+    assert "gate (colour 0.95, shape 0.85, motion 0.85, iou 0.65) is reached" in written_card(measured)
 
 
-def test_the_card_says_of_how_many_exports_the_model_is_the_mean(measured, smoke_checkpoint, package):
-    write_inputs(measured, {"long": report("long", "", stage="long")})
-    words, card = ["card", "--results", "r.json", "--runs", "runs"], package / bundle.CARD_FILE
-    assert bundle.main(words) == 0
-    assert "the mean of" not in card.read_text()
-    bundle.bundle(smoke_checkpoint(0), smoke_checkpoint(0))
-    assert bundle.main(words) == 0
-    assert "the mean of 2 exports of the last run" in card.read_text()
+@pytest.mark.parametrize(("averaged", "told"), [(1, "| 10 |"), (2, "| 10, mean of 2 exports |")])
+def test_the_card_says_of_how_many_exports_the_model_is_the_mean(measured, package_of, averaged, told):
+    assert package_of({"long": report("long", "", stage="long")}, averaged=averaged) == 0
+    assert f"| the student on its own long rollouts with prompt switches {told}" in written_card(measured)
+
+
+def test_the_record_of_a_base_stands_in_for_its_reports(measured, smoke_checkpoint, package_of):
+    """The base is the model that was bundled until now, and its runs are gone."""
+    first = {**card._run("old", report("old", "")), "note": "hours from the median step"}
+    finished(smoke_checkpoint(1), training=[first]).rename("old")
+    runs = {"long": report("long", "", stage="long")}
+    runs["long"]["settings"]["base"] = "old"
+    assert package_of(runs) == 0
+    text = written_card(measured)
+    assert text.index("| `old` |") < text.index("| `long` |")
+    assert "\n- `old`: hours from the median step\n" in text
+    assert "\n0.2 hours of steps in all, on 1 x cpu." in text
 
 
 def test_a_card_for_other_weights_is_refused(measured, smoke_checkpoint, package, capsys):
-    write_inputs(measured, {"long": report("long", "", stage="long")})
     bundle.bundle(smoke_checkpoint(1))
-    assert bundle.main(["card", "--results", "r.json", "--runs", "runs"]) == 2
+    pathlib.Path("r.json").write_text(json.dumps(measured))
+    assert bundle.main(["card", "--results", "r.json"]) == 2
     assert "measures other weights" in capsys.readouterr().err
     assert not (package / bundle.CARD_FILE).exists()
+
+
+def test_a_card_without_a_record_is_refused(measured, smoke_checkpoint, package, capsys):
+    bundle.bundle(smoke_checkpoint(0))
+    pathlib.Path("r.json").write_text(json.dumps(measured))
+    assert bundle.main(["card", "--results", "r.json"]) == 2
+    assert "store it with `bundle weights --runs FOLDER`" in capsys.readouterr().err
+
+
+def test_a_model_whose_runs_are_not_there_is_not_stored(smoke_checkpoint, package, package_of, capsys):
+    before = checkpoint.open_checkpoint(bundle.bundle(smoke_checkpoint(1))).fingerprint("transformer")
+    assert package_of({"long": report("long", "init", stage="long")}) == 2
+    assert "there is no init/report.json" in capsys.readouterr().err
+    assert checkpoint.open_checkpoint("toy").fingerprint("transformer") == before
 
 
 def began_with(base):
@@ -296,8 +336,8 @@ def rewarded():
 
 def test_what_gave_a_reward_stands_before_what_it_was_given_to():
     runs = {"long": rewarded(), "init": report("init", ""), "reader": report("reader", "vae", stage="reader")}
-    found = card.chain(runs, source={"stage": "long", "steps": 10, "seed": 3})
-    assert [name for name, _ in found] == ["init", "reader", "long"]
+    found = card.training(runs, source=SOURCE, recorded=lambda base: None)
+    assert [run["run"] for run in found] == ["init", "reader", "long"]
 
 
 @pytest.mark.parametrize(
@@ -313,4 +353,11 @@ def test_what_gave_a_reward_stands_before_what_it_was_given_to():
 )
 def test_runs_that_do_not_explain_the_model_are_refused(runs, message):
     with pytest.raises(UserError, match=message):
-        card.chain(runs, source={"stage": "long", "steps": 10, "seed": 3})
+        card.training(runs, source=SOURCE, recorded=lambda base: None)
+
+
+def test_a_model_is_not_its_own_base():
+    """As when the bundled model is stored, and then stored once more."""
+    runs = {"long": began_with("toy")}
+    with pytest.raises(UserError, match="long is its own base"):
+        card.training(runs, source=SOURCE, recorded=lambda base: [card._run("long", runs["long"])])
