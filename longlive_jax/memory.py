@@ -227,7 +227,13 @@ def _vae_rows(
 
 def _shapes(init: Any, module: Any) -> Any:
     """The parameter tree of a flax module in its compute precision, as shapes."""
-    module = dataclasses.replace(module, param_dtype=module.dtype)
+    same = dataclasses.replace(module, dtype=jnp.float32, param_dtype=jnp.float32)
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, module.dtype), _float32_shapes(init, same))
+
+
+@functools.lru_cache(maxsize=8)
+def _float32_shapes(init: Any, module: Any) -> Any:
+    """Found once for all precisions: tracing an autoencoder takes seconds."""
     return jax.eval_shape(functools.partial(init, module), jax.random.key(0))
 
 

@@ -1,14 +1,26 @@
 """Shared test settings: CPU only, eight simulated devices, no cache outside the test folder."""
 
+import gc
+import importlib.metadata
 import os
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-
 import pathlib
+from collections.abc import Iterator
 
 import pytest
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = [os.environ.get("XLA_FLAGS", "")]
+if "xla_force_host_platform_device_count" not in flags[0]:
+    flags.append("--xla_force_host_platform_device_count=8")
+# Loops emitted without MLIR compile a quarter faster. (XLA ends a process at a flag that it does not know.)
+known = importlib.metadata.version("jaxlib").startswith("0.10.")
+if known and os.environ.get("JAX_DISABLE_MOST_OPTIMIZATIONS") == "1":
+    flags.append("--xla_cpu_use_fusion_emitters=false")
+os.environ["XLA_FLAGS"] = " ".join(flags)
+
+MOST_MAPPINGS = 16_000
+"""Of a process, between two files: a quarter of what Linux allows by default (vm.max_map_count). Beyond that,
+XLA's compiler ends the process by a segmentation fault."""
 
 
 @pytest.fixture(scope="session")
@@ -51,3 +63,32 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Prompt embeddings and compiled programs of the tests stay out of the user's cache."""
     os.environ["LONGLIVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What takes long to compile is compiled once, by whichever process of this run needs it first."""
+    import jax
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    values = {
+        "jax_compilation_cache_dir": str(folder / "xla"),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    for name, value in values.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_mappings() -> Iterator[None]:
+    """Forgets all compiled programs when their memory mappings (three of each kernel) have become many."""
+    yield
+    mappings = pathlib.Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > MOST_MAPPINGS:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -168,11 +168,16 @@ def averaged(one: Callable[[Any, PRNGKey], tuple[T, Any]], parts: Any, keys: PRN
       The mean of the first results, and the second ones stacked.
     """
 
+    first = jax.tree.map(lambda x: x[0], parts)
+    if keys.shape[0] == 1:
+        value, kept = one(first, keys[0])
+        return value, jax.tree.map(lambda x: x[None], kept)
+    one = jax.jit(one)  # traced once, for its shapes and for the scan
+
     def add(total: T, inputs: tuple[Any, PRNGKey]) -> tuple[T, Any]:
         value, kept = one(*inputs)
         return jax.tree.map(jnp.add, total, value), kept
 
-    first = jax.tree.map(lambda x: x[0], parts)
     shapes, _ = jax.eval_shape(one, first, keys[0])
     zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     total, kept = jax.lax.scan(add, zero, (parts, keys))

@@ -8,13 +8,13 @@ import pathlib
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import pytest
 
 from longlive_jax import sharding
-from longlive_jax.training import metrics
+from longlive_jax.training import checkpoint, metrics
 from longlive_jax.training.config_file import load_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs/toy"
@@ -91,8 +91,25 @@ def started(commands: Sequence[Sequence[str]], log: pathlib.Path) -> Iterator[li
 
 def wait_for_losses(folder: pathlib.Path, count: int, running: Sequence[subprocess.Popen]) -> None:
     """Waits until a run has logged so many losses."""
+    _wait_for(lambda: len(losses(folder)) >= count, running, seconds=0.05)
+
+
+def wait_for_a_write(folder: pathlib.Path, running: Sequence[subprocess.Popen]) -> None:
+    """Waits until a run is writing a checkpoint."""
+    _wait_for(lambda: bool(unfinished(folder)), running, seconds=0.001)
+
+
+def unfinished(folder: pathlib.Path) -> set[int]:
+    """Steps whose checkpoints a run has begun to write and not published."""
+    return {
+        int(path.name.split(".")[0]) for path in (folder / checkpoint.FOLDER).glob("*.orbax-checkpoint-tmp*")
+    }
+
+
+def _wait_for(done: Callable[[], bool], running: Sequence[subprocess.Popen], *, seconds: float) -> None:
+    """Asks every so many seconds whether it is done."""
     deadline = time.monotonic() + 240
-    while len(losses(folder)) < count:
+    while not done():
         assert all(process.poll() is None for process in running), "ended early; see its log"
         assert time.monotonic() < deadline, "took too long; see its log"
-        time.sleep(0.05)
+        time.sleep(seconds)

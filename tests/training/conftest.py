@@ -3,7 +3,6 @@
 import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 
 from longlive_jax import checkpoint
 from longlive_jax.convert.shapes import expected_tree
@@ -31,32 +30,19 @@ def base(tmp_path_factory):
     return folder / "base"
 
 
-@pytest.fixture(scope="session")
-def _cache_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
-
-
 @pytest.fixture(scope="module")
-def fast_programs(_cache_folder):
-    """Programs are compiled with little optimisation, and once: they run for seconds only.
+def fast_programs():
+    """Programs are compiled with little optimisation, as they run for seconds only.
 
     Processes that a test starts do the same.
     """
-    values = {
-        "jax_disable_most_optimizations": True,
-        "jax_compilation_cache_dir": str(_cache_folder),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    before = {name: jax.config.values[name] for name in values}
-    compilation_cache.reset_cache()
+    name = "jax_disable_most_optimizations"
+    before = jax.config.values[name]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in values.items():
-            jax.config.update(name, value)
-            patch.setenv(name.upper(), str(value))
+        jax.config.update(name, True)
+        patch.setenv(name.upper(), "1")
         yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
+    jax.config.update(name, before)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from longlive_jax import checkpoint, toy
 from longlive_jax.config import preset
 from longlive_jax.training import anchor, stages
 from longlive_jax.training.stages import vae as vae_stage
-from tests.training._runs import only_one_device, smoke
+from tests.training._runs import smoke
 
 CONFIG = preset("toy").vae
 WORLD = toy.World()
@@ -61,17 +61,17 @@ def test_code_is_the_same_for_the_same_seed_and_spans_few_pixels(code):
     assert anchor.fit(WORLD, narrow, clips=4, seed=0).projection.shape == (12, 16)
 
 
+@pytest.mark.usefixtures("fast_programs", "one_device")
 def test_anchor_pulls_the_latents_and_the_decoder_stage_leaves_them(tmp_path):
-    with only_one_device():
-        config = smoke("vae_images", None, tmp_path / "images", run__steps=24, optimizer__learning_rate=1e-2)
-        report = stages.train(config, is_quiet=True)
-        lines = (tmp_path / "images/metrics.jsonl").read_text().splitlines()
-        distances = [row["anchor"] for row in map(json.loads, lines) if "anchor" in row]
-        assert len(distances) == 24
-        assert distances[-1] < 0.75 * distances[0]
-        base = report["export"]
-        decoder = smoke("vae_decoder", base, tmp_path / "decoder")
-        after = checkpoint.open_checkpoint(stages.train(decoder, is_quiet=True)["export"]).load("vae")
+    config = smoke("vae_images", None, tmp_path / "images", run__steps=24, optimizer__learning_rate=1e-2)
+    report = stages.train(config, is_quiet=True)
+    lines = (tmp_path / "images/metrics.jsonl").read_text().splitlines()
+    distances = [row["anchor"] for row in map(json.loads, lines) if "anchor" in row]
+    assert len(distances) == 24
+    assert distances[-1] < 0.75 * distances[0]
+    base = report["export"]
+    decoder = smoke("vae_decoder", base, tmp_path / "decoder")
+    after = checkpoint.open_checkpoint(stages.train(decoder, is_quiet=True)["export"]).load("vae")
     before = checkpoint.open_checkpoint(base).load("vae")
     for part in before:
         same = jax.tree.map(np.array_equal, before[part], after[part])
