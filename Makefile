@@ -7,15 +7,14 @@ TORCH ?= torch==2.13.0
 WORKERS ?= 2
 BIN := $(VENV)/bin
 
-# The toy recipe in order: every run begins with the export of the one before it (docs/training.md); `reward` with
-# the mean of late exports of `long`, and once more, from its own result and a new LoRA.
+# The toy recipe in order: every run begins with the export of the one before it (docs/training.md), the last
+# two with the mean of late exports of `long`.
 TOY_RUNS := vae_images vae vae_decoder text teacher_block teacher causal_init init long
 TOY_TUNING := reader reward
-TOY_AGAIN := base=runs/toy/reward/export run.folder=runs/toy/reward_again run.steps=300 data.seed=8
 TOY_MEAN := $(addprefix runs/toy/long/exports/,000360 000420 000480 000540)
 # Where `make toy-bundle` finds them, and what it ships.
 TOY ?= runs/toy
-SHIPPED ?= $(TOY)/reward_again/export
+SHIPPED ?= $(TOY)/reward/export
 
 PYTEST := JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 # Compiling is most of a short test: without LLVM's optimisations (XLA's own remain, and what the audits of
@@ -65,8 +64,6 @@ toy: $(VENV)/.demo
 	@test -d runs/toy/long/mean || \
 	  $(BIN)/python -m longlive_jax.toy.bundle weights --runs runs/toy --to runs/toy/long/mean $(TOY_MEAN)
 	$(call trained,$(TOY_TUNING))
-	@test -f runs/toy/reward_again/report.json || \
-	  $(BIN)/longlive train configs/toy/reward.py $(TOY_AGAIN) --resume auto
 
 # What is measured is what is shipped. Goes on where it was stopped, like the training.
 toy-bundle: $(VENV)/.demo

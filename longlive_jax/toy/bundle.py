@@ -1,6 +1,6 @@
 """Stores a trained toy model inside the package, where `Pipeline.load("toy")` finds it.
 
-    python -m longlive_jax.toy.bundle weights --runs runs/toy runs/toy/reward_again/export
+    python -m longlive_jax.toy.bundle weights --runs runs/toy runs/toy/reward/export
     python -m longlive_jax.toy.bundle card --results benchmarks/results/toy_model.json
 
 Of several checkpoints the mean of the transformers is stored: late weights of a run scatter around something

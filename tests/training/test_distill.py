@@ -200,6 +200,7 @@ def test_eight_devices_train_like_one(name, base, tmp_path):
         assert a == pytest.approx(b, rel=1e-4, abs=1e-7)
 
 
+@pytest.mark.slow
 def test_a_critic_that_is_the_teacher_leaves_the_generator_alone(base, tmp_path):
     """The gradient is the difference of their estimates; with guidance they differ again."""
     for guidance, moved in ((0.0, False), (1.0, True)):

@@ -18,6 +18,7 @@ def mesh_of(data, fsdp):
     return jax.sharding.Mesh(devices.reshape(data, fsdp), sharding.AXES)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_programs")
 def test_more_devices_hold_less_each():
     """Weights and optimiser state are split by fsdp; the batch, and what it needs, by both axes."""

@@ -58,7 +58,7 @@ def board(folder):
         ("text", "text_encoder"),
         pytest.param("teacher", "transformer", marks=pytest.mark.slow),  # trained in test_two_processes
         ("causal_init", "transformer"),
-        ("causal_ode", "transformer"),
+        pytest.param("causal_ode", "transformer", marks=pytest.mark.slow),  # its trajectories are tested
     ],
 )
 def test_a_smoke_run_overfits_and_exports(name, part, base, tmp_path):
