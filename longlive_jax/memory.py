@@ -225,15 +225,10 @@ def _vae_rows(
     }
 
 
-def _shapes(init: Any, module: Any) -> Any:
-    """The parameter tree of a flax module in its compute precision, as shapes."""
-    same = dataclasses.replace(module, dtype=jnp.float32, param_dtype=jnp.float32)
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, module.dtype), _float32_shapes(init, same))
-
-
 @functools.lru_cache(maxsize=8)
-def _float32_shapes(init: Any, module: Any) -> Any:
-    """Found once for all precisions: tracing an autoencoder takes seconds."""
+def _shapes(init: Any, module: Any) -> Any:
+    """The parameter tree of a flax module in its compute precision, as shapes (tracing takes seconds)."""
+    module = dataclasses.replace(module, param_dtype=module.dtype)
     return jax.eval_shape(functools.partial(init, module), jax.random.key(0))
 
 

@@ -65,23 +65,6 @@ def private_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["LONGLIVE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
-@pytest.fixture(autouse=True, scope="session")
-def shared_programs(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What takes long to compile is compiled once, by whichever process of this run needs it first."""
-    import jax
-
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent
-    values = {
-        "jax_compilation_cache_dir": str(folder / "xla"),
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
-    }
-    for name, value in values.items():
-        jax.config.update(name, value)
-        os.environ[name.upper()] = str(value)
-
-
 @pytest.fixture(autouse=True, scope="module")
 def few_mappings() -> Iterator[None]:
     """Forgets all compiled programs when their memory mappings (three of each kernel) have become many."""

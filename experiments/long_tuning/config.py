@@ -13,7 +13,7 @@ def get_config() -> Study:
         question="Does tuning on long sequences hold adherence and appearance over 240 latent frames?",
         task=Scenes(frames=240),
         grids=({"checkpoint": ("short only", "long")},),
-        checkpoints={"short only": "runs/toy/init/export", "long": "toy"},
+        checkpoints={"short only": "runs/toy/init/export", "long": "runs/toy/long/mean"},
         metrics=("adherence",),
         columns=(
             *("first.all", "last.all", "fall.all", "last.motion", "vanished", "identity.size"),

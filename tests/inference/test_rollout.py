@@ -12,6 +12,7 @@ import pytest
 from longlive_jax.config import SamplerConfig, TransformerConfig, WindowConfig
 from longlive_jax.inference import rollout
 from longlive_jax.models.transformer import Transformer, init_params
+from tests.programs import compiled
 
 CONFIG = TransformerConfig(
     dim=32, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=32, text_dim=8, text_len=4, latent_channels=4
@@ -266,7 +267,8 @@ def test_the_compiled_program_never_copies_the_cache(params, rope, scanned):
     state = begin(gen, params, prompts(2), [1, 2])
     program = rollout.rollout if scanned else rollout.step
     made = {}
-    for line in program.lower(gen, params, state, *([4] if scanned else [])).compile().as_text().splitlines():
+    lowered = program.lower(gen, params, state, *([4] if scanned else []))
+    for line in compiled(lowered).as_text().splitlines():
         found = re.match(r"\s*(?:ROOT )?%\S+ = \w+\[([\d,]+)\]\S* ([\w-]+)\(", line)
         if found and np.prod([int(n) for n in found[1].split(",")]) >= state.cache.key.size:
             made.setdefault(found[2], []).append(line.strip())

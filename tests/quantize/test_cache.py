@@ -17,6 +17,7 @@ from longlive_jax.inference import rollout
 from longlive_jax.ops.windowed_attention import CachedContext, windowed_attention
 from longlive_jax.quantize import numerics
 from longlive_jax.quantize.numerics import Quantized
+from tests.programs import compiled
 from tests.quantize._models import CONFIG, begin, generator, random_params
 
 KINDS = ("int8", "fp8")
@@ -166,7 +167,7 @@ def test_the_compiled_program_never_copies_the_cache_nor_makes_it_dense(params, 
     gen = generator(cache_dtype="int8", rope=rope)
     state = begin(gen, params, batch=5)  # a number of elements that nothing else has
     size, made = state.cache.key.values.size, {}
-    for line in rollout.step.lower(gen, params, state).compile().as_text().splitlines():
+    for line in compiled(rollout.step.lower(gen, params, state)).as_text().splitlines():
         found = re.match(r"\s*(?:ROOT )?%\S+ = (\w+)\[([\d,]+)\]\S* ([\w-]+)\(", line)
         if found and np.prod([int(n) for n in found[2].split(",")]) == size:
             made.setdefault(found[3], []).append(line.strip())

@@ -1,8 +1,11 @@
 """What the tests of the trainer share: a checkpoint to start from, and programs that compile fast."""
 
+import os
+
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from longlive_jax import checkpoint
 from longlive_jax.convert.shapes import expected_tree
@@ -30,19 +33,34 @@ def base(tmp_path_factory):
     return folder / "base"
 
 
+@pytest.fixture(scope="session")
+def _cache_folder(tmp_path_factory):
+    """One for all processes of the test run."""
+    folder = tmp_path_factory.getbasetemp()
+    return (folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder) / "xla"
+
+
 @pytest.fixture(scope="module")
-def fast_programs():
-    """Programs are compiled with little optimisation, as they run for seconds only.
+def fast_programs(_cache_folder):
+    """Programs are compiled with little optimisation, and once: they run for seconds only.
 
     Processes that a test starts do the same.
     """
-    name = "jax_disable_most_optimizations"
-    before = jax.config.values[name]
+    values = {
+        "jax_disable_most_optimizations": True,
+        "jax_compilation_cache_dir": str(_cache_folder),
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    before = {name: jax.config.values[name] for name in values}
+    compilation_cache.reset_cache()
     with pytest.MonkeyPatch.context() as patch:
-        jax.config.update(name, True)
-        patch.setenv(name.upper(), "1")
+        for name, value in values.items():
+            jax.config.update(name, value)
+            patch.setenv(name.upper(), str(value))
         yield
-    jax.config.update(name, before)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture
