@@ -27,7 +27,7 @@ help:
 	@echo "make demo       create the environment, generate a video, say where it is"
 	@echo "make toy        train the toy model, every stage in order; goes on where it was stopped"
 	@echo "make toy-bundle store, measure and describe it as the model that comes with the package"
-	@echo "make test       lint, types and the test suite (no GPU; under 20 minutes on 2 cores)"
+	@echo "make test       lint, types and the test suite (no GPU; some 20 minutes on 2 cores)"
 	@echo "make test-slow  the tests that take longer"
 	@echo "make test-gpu   the tests that need a GPU"
 	@echo "make test-cuda-compiler  compile the kernels for a Hopper GPU without one (CUDA_HOME with ptxas)"

@@ -61,6 +61,7 @@ def test_code_is_the_same_for_the_same_seed_and_spans_few_pixels(code):
     assert anchor.fit(WORLD, narrow, clips=4, seed=0).projection.shape == (12, 16)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("fast_programs", "one_device")
 def test_anchor_pulls_the_latents_and_the_decoder_stage_leaves_them(tmp_path):
     config = smoke("vae_images", None, tmp_path / "images", run__steps=24, optimizer__learning_rate=1e-2)

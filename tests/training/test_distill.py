@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import json
-import signal
+import shutil
 import types
 
 import jax
@@ -17,13 +17,22 @@ from longlive_jax.config import preset
 from longlive_jax.errors import UserError
 from longlive_jax.inference.pipeline import Pipeline
 from longlive_jax.models.transformer import Transformer, init_params
+from longlive_jax.training import checkpoint as checkpoints
 from longlive_jax.training import distill, losses, metrics, stages
 from longlive_jax.training import distill_setup as setups
 from longlive_jax.training.distill import CRITIC, GENERATOR
-from longlive_jax.training.loop import Interrupted
 from tests.training._runs import compilations, smoke
 
 pytestmark = pytest.mark.usefixtures("fast_programs", "one_device")
+
+LONG_RUN = {
+    "run__steps": 11,
+    "run__checkpoint_every": 4,
+    "run__keep": 3,
+    "run__export_every": 9,
+    "run__keep_exports": True,
+}
+"""Two sequences and the beginning of a third."""
 
 TIMED = ("compilations", "seconds_per_step", "frames_per_second", "total_seconds")
 
@@ -79,8 +88,7 @@ def whole_long_run(base, tmp_path_factory, fast_programs):
     folder = tmp_path_factory.mktemp("long") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding, "make_mesh", functools.partial(sharding.make_mesh, devices=jax.devices()[:1]))
-        config = config_of("long", base, folder, run__steps=11, run__export_every=9, run__keep_exports=True)
-        report = stages.train(config, is_quiet=True)
+        report = stages.train(config_of("long", base, folder, **LONG_RUN), is_quiet=True)
     return folder, report
 
 
@@ -146,22 +154,16 @@ def test_programs_are_compiled_once_wherever_the_sequence_stands(whole_long_run)
     assert counts[7] == counts[10]
 
 
-def test_a_sequence_in_flight_is_resumed_bit_for_bit(base, whole_long_run, tmp_path, monkeypatch):
-    tick = metrics.Log.tick
-
-    def interrupted(self, step, frames):
-        tick(self, step, frames)
-        if step == 5:
-            signal.raise_signal(signal.SIGTERM)
-
-    config = config_of("long", base, tmp_path / "run", run__steps=11, run__checkpoint_every=100)
-    with monkeypatch.context() as patch:
-        patch.setattr(metrics.Log, "tick", interrupted)
-        with pytest.raises(Interrupted):
-            stages.train(config, is_quiet=True)
-    report = stages.train(config, resume="auto", is_quiet=True)
-    assert report["resumed_at"] == 5
-    assert logged(tmp_path / "run") == logged(whole_long_run[0])
+def test_a_sequence_in_flight_is_resumed_bit_for_bit(base, whole_long_run, tmp_path):
+    """From the checkpoint within the first sequence, what came later being lost."""
+    folder = shutil.copytree(whole_long_run[0], tmp_path / "run")
+    for step in (8, 11):
+        shutil.rmtree(folder / checkpoints.FOLDER / str(step))
+    shutil.rmtree(folder / "export")
+    (folder / "report.json").unlink()
+    report = stages.train(config_of("long", base, folder, **LONG_RUN), resume="auto", is_quiet=True)
+    assert report["resumed_at"] == 4
+    assert logged(folder) == logged(whole_long_run[0])
 
 
 @pytest.mark.slow  # flow matching on eight devices is in the default run
