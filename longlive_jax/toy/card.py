@@ -104,25 +104,32 @@ def training(
         f"runs: {len(last)} reports (of {', '.join(reports) or 'none'}) are of the stage, steps and seed "
         f"{dict(source)}; name the folder that holds the checkpoint's run and its predecessors",
     )
-    name, found = last[0], list[Run]()
-    while name:
+    found: dict[str, Run] = {}
+
+    def add(name: str, later: Sequence[str]) -> None:
+        """Adds a run after everything that it began with; `later` runs began with it."""
+        require(name not in later, f"runs: {name} is its own base")
         if name not in reports:
             raise UserError(f"runs: there is no {name}/report.json, and a later stage began with that run")
-        settings = reports[name]["settings"]
-        base, reader = settings.get("base") or "", settings.get("reward", {}).get("reader", "")
-        found.append(_run(name, reports[name]))
-        if reader := _folder(name, reader):
-            require(
-                reader in reports, f"runs: there is no {reader}/report.json, and {name} was rewarded by it"
-            )
-            found.append(_run(reader, reports[reader]))
-        earlier = recorded(base) if base else None
-        name = "" if earlier else _folder(name, base)
-        known = [run["run"] for run in (*(earlier or ()), *found)]
-        twice = {each for each in (name, *known) if known.count(each) + (each == name) > 1}
-        require(not twice, f"runs: {', '.join(sorted(twice))} is its own base")
-        found += reversed(earlier or ())
-    return found[::-1]
+        settings, line = reports[name]["settings"], (*later, name)
+        base = settings.get("base") or ""
+        reader = _folder(name, settings.get("reward", {}).get("reader", ""))
+        require(
+            not reader or reader in reports,
+            f"runs: there is no {reader}/report.json, and {name} was rewarded by it",
+        )
+        if base and (earlier := recorded(base)):
+            found.update((run["run"], run) for run in earlier)
+        elif base:
+            add(_folder(name, base), line)
+        own = set(line) & set(found)
+        require(not own, f"runs: {', '.join(sorted(own))} is its own base")
+        if reader:
+            found.setdefault(reader, _run(reader, reports[reader]))
+        found[name] = _run(name, reports[name])
+
+    add(last[0], ())
+    return list(found.values())
 
 
 def _folder(name: str, checkpoint: str) -> str:

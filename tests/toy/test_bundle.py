@@ -356,6 +356,17 @@ def test_runs_that_do_not_explain_the_model_are_refused(runs, message):
         card.training(runs, source=SOURCE, recorded=lambda base: None)
 
 
+def test_two_runs_may_have_one_reader():
+    runs = {
+        "long": rewarded(),
+        "init": {**rewarded(), "stage": "init"},
+        "reader": report("reader", "vae", stage="reader"),
+    }
+    runs["init"]["settings"] = {**runs["init"]["settings"], "base": ""}
+    found = card.training(runs, source=SOURCE, recorded=lambda base: None)
+    assert [run["run"] for run in found] == ["reader", "init", "long"]
+
+
 def test_a_model_is_not_its_own_base():
     """As when the bundled model is stored, and then stored once more."""
     runs = {"long": began_with("toy")}

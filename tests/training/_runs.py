@@ -96,14 +96,14 @@ def wait_for_losses(folder: pathlib.Path, count: int, running: Sequence[subproce
 
 def wait_for_a_write(folder: pathlib.Path, running: Sequence[subprocess.Popen]) -> None:
     """Waits until a run is writing a checkpoint."""
-    _wait_for(lambda: bool(unfinished(folder)), running, seconds=0.001)
+    begun = functools.partial((folder / checkpoint.FOLDER).glob, "*.orbax-checkpoint-tmp*")
+    _wait_for(lambda: any(begun()), running, seconds=0.001)
 
 
-def unfinished(folder: pathlib.Path) -> set[int]:
-    """Steps whose checkpoints a run has begun to write and not published."""
-    return {
-        int(path.name.split(".")[0]) for path in (folder / checkpoint.FOLDER).glob("*.orbax-checkpoint-tmp*")
-    }
+def checkpointed(folder: pathlib.Path) -> set[int]:
+    """Steps whose checkpoints a run has published."""
+    names = (path.name for path in (folder / checkpoint.FOLDER).iterdir())
+    return {int(name) for name in names if name.isdecimal()}
 
 
 def _wait_for(done: Callable[[], bool], running: Sequence[subprocess.Popen], *, seconds: float) -> None:
