@@ -21,9 +21,12 @@ def get_config() -> TeacherTraining:
     return TeacherTraining(
         model=preset("toy"),
         run=RunConfig(
-            folder="runs/toy/teacher", steps=6000, eval_every=1000, checkpoint_every=500, export_every=1000
+            folder="runs/toy/teacher", steps=5000, eval_every=1000, checkpoint_every=500, export_every=1000
         ),
-        optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=200, ema_decay=0.999, ema_start=500),
+        # As the bundled model's: stopped before its rate was down.
+        optimizer=OptimizerConfig(
+            learning_rate=1e-3, schedule_steps=6000, warmup_steps=200, ema_decay=0.999, ema_start=500
+        ),
         data=ClipsConfig(batch_size=32, frames=21, examples=4096),
         base="runs/toy/teacher_block/export",
         flow=FlowConfig(levels="logit_normal", frame_levels=0.5, guidance=2.0, encoded_frames=21),

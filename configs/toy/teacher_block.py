@@ -22,12 +22,15 @@ def get_config() -> TeacherTraining:
         model=preset("toy"),
         run=RunConfig(
             folder="runs/toy/teacher_block",
-            steps=5000,
+            steps=3000,
             eval_every=1000,
             checkpoint_every=500,
             export_every=1000,
         ),
-        optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=200, ema_decay=0.999, ema_start=500),
+        # As the bundled model's: stopped before its rate was down.
+        optimizer=OptimizerConfig(
+            learning_rate=2e-3, schedule_steps=5000, warmup_steps=200, ema_decay=0.999, ema_start=500
+        ),
         data=ClipsConfig(batch_size=64, frames=3, examples=4096),
         base="runs/toy/text/export",
         flow=FlowConfig(levels="logit_normal", frame_levels=0.5, guidance=2.0, encoded_frames=21),

@@ -74,7 +74,8 @@ _POLICIES = ("recache", "keep", "clear")
 Report = Mapping[str, Any]
 Run = Mapping[str, Any]
 """What is told of a run, as `training` gives it. `averaged` is of how many exports the mean went on, `note`
-what else there is to know; both may be missing."""
+what else there is to know, `schedule` the updates that the learning rate's schedule would take, where that is
+more than the run; all three may be missing."""
 
 
 def training(
@@ -146,6 +147,7 @@ def _folder(name: str, checkpoint: str) -> str:
 def _run(name: str, report: Report) -> Run:
     """What the card tells of a run."""
     settings, metric = report["settings"], report["settings"]["evaluation"]["metric"]
+    schedule = settings["optimizer"].get("schedule_steps", 0)
     return {
         "run": name,
         "stage": report["stage"],
@@ -159,6 +161,7 @@ def _run(name: str, report: Report) -> Run:
         "metric": metric,
         "score": report["scores"].get(metric),
         "devices": str(report["environment"]["devices"]),
+        **({"schedule": schedule} if schedule else {}),
     }
 
 
@@ -244,6 +247,8 @@ def _recipe(runs: Sequence[Run]) -> str:
         score = "" if run["score"] is None else f"{run['metric']} {run['score']:.3f}"
         if run["steps"] != run["planned"]:
             steps += f" of {run['planned']}"
+        if "schedule" in run:
+            steps += f" (schedule: {run['schedule']})"
         if run.get("averaged", 1) > 1:
             steps += f", mean of {run['averaged']} exports"
         lines.append(

@@ -74,6 +74,11 @@ def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         old = to_json(from_json(old))
     a, b = config_module.flatten(old["settings"]), config_module.flatten(new["settings"])
     names = [name for name in {**a, **b} if a.get(name) != b.get(name)]
-    schedules = {value for name, value in (*a.items(), *b.items()) if name.endswith("optimizer.schedule")}
-    free = (*FREE, "run.steps") if schedules == {"constant"} else FREE
+    follows = any(
+        value != "constant" and not settings.get(f"{name}_steps")
+        for settings in (a, b)
+        for name, value in settings.items()
+        if name.endswith("optimizer.schedule")
+    )
+    free = FREE if follows else (*FREE, "run.steps")
     return [name for name in names if not any(name == f or name.startswith(f"{f}.") for f in free)]

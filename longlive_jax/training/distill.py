@@ -288,10 +288,8 @@ def _updated(
     distillation: Distillation, state: TrainState, name: str, grads: Params, metrics: Metrics
 ) -> tuple[TrainState, Metrics]:
     """The state after an update; the critic's is the last one of a step."""
-    config = distillation.config
     is_generator = name == GENERATOR
-    optimizer = config.optimizer if is_generator else config.critic_optimizer
-    steps = config.generator_updates if is_generator else config.run.steps
+    optimizer, steps = distillation.config.updates["optimizer" if is_generator else "critic_optimizer"]
     network, more = states.update(state.networks[name], grads, optimizer, steps=steps)
     step = state.step if is_generator else state.step + 1
     state = dataclasses.replace(state, step=step, networks={**state.networks, name: network})

@@ -137,9 +137,7 @@ def make_state(distillation: Distillation, bases: dict[str, Params], starts: dic
         if params is None:
             key = jax.random.fold_in(jax.random.key(config.run.seed), index)
             params = lora.init(key, bases[name], rank=config.lora.rank)
-        is_generator = name == GENERATOR
-        optimizer = config.optimizer if is_generator else config.critic_optimizer
-        steps = config.generator_updates if is_generator else config.run.steps
+        optimizer, steps = config.updates["optimizer" if name == GENERATOR else "critic_optimizer"]
         networks[name] = states.init_network(params, optimizer, steps=steps)
     state = states.init_state(networks, config.run)
     if not isinstance(config, LongTraining):

@@ -18,6 +18,7 @@ _RUN: Mapping[str, Any] = {
     "run.export_every": 0,
     "optimizer.warmup_steps": 0,
     "optimizer.schedule": "constant",
+    "optimizer.schedule_steps": 0,
     "evaluation.clips": 2,
     "evaluation.frames": 3,
     "evaluation.batch_size": 2,

@@ -93,7 +93,8 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
 
 
 def learning_rate(config: OptimizerConfig, *, steps: int) -> optax.Schedule:
-    """Learning rate by update number."""
+    """Learning rate by update number, in a run of so many updates."""
+    steps = config.schedule_steps or steps
     warmup = min(config.warmup_steps, steps)
     peak, left = config.learning_rate, max(steps - warmup, 1)
     after = optax.constant_schedule(peak)

@@ -270,9 +270,11 @@ def test_the_card_of_an_early_export_names_the_runs_that_stopped_early(measured,
     """The base was stopped after 10 of 30 steps; the model is from before the end of its own run."""
     runs = {"base": report("base", ""), "long": report("long", "base", stage="long", steps=40)}
     runs["base"]["settings"]["run"]["steps"] = 30
+    runs["long"]["settings"]["optimizer"]["schedule_steps"] = 90
     assert package_of(runs) == 0
     text = written_card(measured)
     assert "| `base` | the bidirectional teacher, by flow matching | 10 of 30 |" in text
+    assert "with prompt switches | 40 (schedule: 90) |" in text
     assert "`make toy` repeats them, with all planned steps of `base`.\n" in text
 
 

@@ -102,6 +102,21 @@ def test_changes_come_after_smoke():
         ("causal_ode", {"flow.causal_share": "0.5"}, "flow.causal_share=0.5 must be 1 with"),
         ("causal_ode", {"flow.method": "dmd"}, "flow.method='dmd' must be"),
         ("teacher", {"data.frames": "24"}, "at least data.frames=24"),
+        (
+            "teacher",
+            {"run.steps": "7000"},
+            "optimizer.schedule_steps=6000 is less than the run's 7000 updates",
+        ),
+        (
+            "long",
+            {"optimizer.schedule_steps": "179"},
+            "optimizer.schedule_steps=179 is less than the run's 180",
+        ),
+        (
+            "long",
+            {"critic_optimizer.schedule_steps": "180"},
+            "critic_optimizer.schedule_steps=180 is less than",
+        ),
     ],
 )
 def test_wrong_settings_are_refused(name, changes, message):
@@ -140,6 +155,18 @@ def test_only_differences_that_matter_are_named():
     new = to_json(load_config(config_file("vae"), changes))
     assert differing(old, new) == ["model.vae.dim", "optimizer.learning_rate"]
     assert differing(old, to_json(load_config(config_file("text")))) == ["stage"]
+
+
+def test_the_length_of_a_run_matters_where_its_rates_follow_it():
+    def steps_matter(name, **changes):
+        dotted = {key.replace("__", "."): value for key, value in changes.items()}
+        old, new = (to_json(load_config(config_file(name), dotted | {"run.steps": n})) for n in ("4", "6"))
+        return differing(old, new) == ["run.steps"]
+
+    assert not steps_matter("teacher")  # its schedule has a length of its own
+    assert steps_matter("teacher", optimizer__schedule_steps="0")
+    assert not steps_matter("long")
+    assert steps_matter("long", critic_optimizer__schedule="cosine")
 
 
 def test_a_setting_that_an_older_version_did_not_have_had_its_default():

@@ -1,5 +1,6 @@
 """The update every stage makes: AdamW, clipping, schedule and average against their formulas."""
 
+import dataclasses
 import functools
 import math
 
@@ -91,6 +92,14 @@ def test_updates_are_adamw_with_clipping_warmup_and_cosine():
             value[name] -= rate * (mean / (np.sqrt(square) + 1e-8) + decay * value[name])
             np.testing.assert_allclose(network.params["fc"][name], value[name], rtol=2e-5)
     assert int(network.updates) == steps
+
+
+def test_a_schedule_may_be_longer_than_the_run():
+    config = OptimizerConfig(learning_rate=0.02, schedule="cosine", warmup_steps=2)
+    shorter = dataclasses.replace(config, schedule_steps=9)
+    whole, stopped = states.learning_rate(config, steps=9), states.learning_rate(shorter, steps=5)
+    assert [float(stopped(count)) for count in range(5)] == [float(whole(count)) for count in range(5)]
+    assert float(stopped(4)) > float(states.learning_rate(config, steps=5)(4))
 
 
 def test_only_gradients_above_the_limit_are_clipped():

@@ -1,6 +1,7 @@
 """Configs of the stages of distribution matching: `init` and `long`."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from longlive_jax.config import PRESETS, PipelineConfig, TransformerConfig
@@ -131,9 +132,11 @@ class DistillTraining(Training):
         return (step - 1) % self.scores.critic_updates == 0
 
     @property
-    def generator_updates(self) -> int:
-        """Updates of the generator in the whole run."""
-        return -(-self.run.steps // self.scores.critic_updates)
+    def updates(self) -> Mapping[str, tuple[OptimizerConfig, int]]:
+        return {
+            "optimizer": (self.optimizer, -(-self.run.steps // self.scores.critic_updates)),
+            "critic_optimizer": (self.critic_optimizer, self.run.steps),
+        }
 
 
 @dataclasses.dataclass(frozen=True)

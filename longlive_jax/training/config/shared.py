@@ -1,6 +1,7 @@
 """What the configs of all stages have: how long, how fast, on what, where, and what is measured."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
 
 from longlive_jax.config import PipelineConfig, RematPolicy
@@ -61,6 +62,8 @@ class OptimizerConfig:
     Attributes:
       learning_rate: peak.
       schedule: "constant", or "cosine" down to 1% of the peak at the last update.
+      schedule_steps: updates that the schedule takes; 0 for those of the run. With more than these the run
+        ends on the way down.
       warmup_steps: updates of linear rise to the peak.
       betas: decay of the first and second moments.
       eps: added to the root of the second moment.
@@ -72,6 +75,7 @@ class OptimizerConfig:
 
     learning_rate: float
     schedule: Schedule = "cosine"
+    schedule_steps: int = 0
     warmup_steps: int = 0
     betas: tuple[float, float] = (0.9, 0.99)
     eps: float = 1e-8
@@ -81,7 +85,7 @@ class OptimizerConfig:
     ema_start: int = 0
 
     def __post_init__(self) -> None:
-        at_least("optimizer", self, warmup_steps=0, weight_decay=0, ema_start=0)
+        at_least("optimizer", self, schedule_steps=0, warmup_steps=0, weight_decay=0, ema_start=0)
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
         require(self.clip_norm > 0, f"optimizer.clip_norm={self.clip_norm} must be positive")
         require(all(0 <= b < 1 for b in self.betas), f"optimizer.betas={self.betas} must be in [0, 1)")
@@ -231,8 +235,19 @@ class Training:
             f"data.batch_size={self.data.batch_size} must be a multiple of run.micro_batches="
             f"{self.run.micro_batches}",
         )
+        for name, (optimizer, updates) in self.updates.items():
+            require(
+                optimizer.schedule_steps == 0 or optimizer.schedule_steps >= updates,
+                f"{name}.schedule_steps={optimizer.schedule_steps} is less than the run's {updates} updates; "
+                "give at least as many, or 0 for as many",
+            )
         allowed = ("loss", *self.evaluated)
         require(
             self.evaluation.metric in allowed,
             f"evaluation.metric={self.evaluation.metric!r} must be one of {', '.join(allowed)}",
         )
+
+    @property
+    def updates(self) -> Mapping[str, tuple[OptimizerConfig, int]]:
+        """Every optimiser by its field's name, and its updates in the whole run."""
+        return {"optimizer": (self.optimizer, self.run.steps)}
