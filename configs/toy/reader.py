@@ -19,7 +19,7 @@ from longlive_jax.training.config import (
 def get_config() -> ReaderTraining:
     return ReaderTraining(
         model=preset("toy"),
-        run=RunConfig(folder="runs/toy/reader", steps=2000, eval_every=500, checkpoint_every=250),
+        run=RunConfig(folder="runs/toy/reader", steps=5000, eval_every=1000, checkpoint_every=500),
         optimizer=OptimizerConfig(learning_rate=2e-3, weight_decay=0.05, warmup_steps=50),
         data=ClipsConfig(batch_size=32, frames=6, examples=6144, seed=3, threads=2),
         base="runs/toy/vae_decoder/export",

@@ -358,7 +358,7 @@ def test_memory_does_not_grow_with_length(longlive, tiny, monkeypatch):
     assert long_host - host < 100 * frame  # holding the 432 further frames would be four times this
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_playable_video(tiny, tmp_path, cache_dir, number):
     words = ["generate", "--checkpoint", str(tiny), "--window", "9", "--frames", "30000", *FOX, "--quiet"]
     process = subprocess.Popen(

@@ -159,7 +159,15 @@ def whole_video():
     return latents, np.asarray(run(small_params(), latents, config=SMALL, method="decode"))
 
 
-@pytest.mark.parametrize("split", [(1, 1, 1, 1, 1), (1, 2, 2), (2, 1, 2), (2, 2, 1), (3, 2), (4, 1)])
+@pytest.mark.parametrize(
+    "split",
+    [
+        (1, 1, 1, 1, 1),
+        (2, 1, 2),
+        (3, 2),
+        *(pytest.param(s, marks=pytest.mark.slow) for s in ((1, 2, 2), (2, 2, 1), (4, 1))),
+    ],
+)
 def test_any_split_decodes_to_the_same_bits(split):
     latents, whole = whole_video()
     pieces, _ = stream(small_params(), latents, split, config=SMALL)

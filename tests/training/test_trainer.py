@@ -57,7 +57,7 @@ def board(folder):
         pytest.param("vae", "vae", marks=pytest.mark.slow),
         ("text", "text_encoder"),
         pytest.param("teacher", "transformer", marks=pytest.mark.slow),  # trained in test_two_processes
-        ("causal_init", "transformer"),
+        pytest.param("causal_init", "transformer", marks=pytest.mark.slow),  # its step is in test_flow
         pytest.param("causal_ode", "transformer", marks=pytest.mark.slow),  # its trajectories are tested
     ],
 )
