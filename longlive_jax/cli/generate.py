@@ -62,7 +62,7 @@ _DEFAULT_FOLDER = "outputs"
 _BESIDE_FROM = frozenset(
     (
         *("sidecar", "checkpoint", "out", "latents", "sheet", "overwrite"),
-        *("text_device", "compile_cache", "quiet", "devices"),
+        *("text_device", "compile_cache", "quiet", "devices", "decode_apart"),
     )
 )
 
@@ -82,6 +82,12 @@ def add_command(commands: Any) -> None:
         type=int,
         metavar="N",
         help="devices to spread over: the videos of a batch first, then each video (default: 1)",
+    )
+    machine.add_argument(
+        "--decode-apart",
+        action="store_true",
+        default=None,
+        help="one more device decodes a block while the others denoise the next",
     )
     options.add_machine(machine)
     parser.set_defaults(run=run, parser=parser)
@@ -263,18 +269,21 @@ def _targets(arguments: argparse.Namespace, request: "Request") -> list[Target]:
 def _sharing(request: "Request", arguments: argparse.Namespace) -> str | None:
     """How --devices share the work, and what they exchange; refuses what cannot be shared."""
     devices = arguments.devices or 1
-    if devices == 1:
+    if devices == 1 and not arguments.decode_apart:
         return None
     from longlive_jax.inference import parallel
 
-    parallel.available(devices)
+    found = parallel.available(devices + bool(arguments.decode_apart))
+    apart = f"device {found[-1].id} decodes" if arguments.decode_apart else None
+    if devices == 1:
+        return apart
     config, count, batch = request.config, len(request.stories), arguments.batch or 1
     size = config.latent_size(request.height, request.width)
     lines = []
     for rows in dict.fromkeys((min(batch, count), count % batch or batch)):  # the last batch may be smaller
         layout = parallel.layout_of(config, devices=devices, batch=rows, latent_size=size)
         lines.append(parallel.describe(config, layout, batch=rows, latent_size=size))
-    return lines[0]
+    return lines[0] if apart is None else f"{lines[0]}; {apart}"
 
 
 def _generate(request: "Request", targets: Sequence[Target], arguments: argparse.Namespace) -> None:
@@ -319,7 +328,7 @@ def _load(request: "Request", arguments: argparse.Namespace) -> "Pipeline":
         text_device=arguments.text_device or "default",
         vae=None if request.vae is None else request.vae.path,
     )
-    return pipe.over(arguments.devices) if (arguments.devices or 1) > 1 else pipe
+    return pipe.over(arguments.devices or 1, decodes_apart=bool(arguments.decode_apart))
 
 
 def _stream(

@@ -124,6 +124,7 @@ class Pipeline:
       encode_prompts: prompts to embeddings `[B, M, text_dim]`.
       origin: the checkpoint all this was loaded from, if it was.
       devices: how many devices a call is spread over; see `over`.
+      vae_device: the device that decodes; None is the first one.
     """
 
     config: PipelineConfig
@@ -132,6 +133,7 @@ class Pipeline:
     encode_prompts: Callable[[Sequence[str]], Array]
     origin: Origin | None = None
     devices: int = 1
+    vae_device: jax.Device | None = None
 
     @classmethod
     def load(
@@ -204,20 +206,30 @@ class Pipeline:
         """The rollout of a video's first block: equal to `generator` without `sampler.opening_steps`."""
         return dataclasses.replace(self.generator, sampler=self.config.sampler.opening)
 
-    def over(self, devices: int) -> "Pipeline":
+    def over(self, devices: int = 1, *, decodes_apart: bool = False) -> "Pipeline":
         """The same pipeline over several devices of this process: `pipe.over(devices=8)`.
 
         Videos of a call go to different devices first; what is left of these shares each video, by heads and
-        by tokens (`inference.parallel`). The VAE stays on the first device.
+        by tokens (`inference.parallel`).
 
         Args:
           devices: how many; every one gets a copy of the transformer.
+          decodes_apart: one more device has the VAE and decodes a block while these denoise the next one. By
+            default the first of them decodes in between.
 
         Raises:
           UserError: there are fewer.
         """
-        params = parallel.replicate(self.params, parallel.available(devices))
-        return dataclasses.replace(self, params=params, devices=devices)
+        *found, last = parallel.available(devices + decodes_apart)
+        denoising, vae_device = ((*found,), last) if decodes_apart else ((*found, last), None)
+        params, vae_params = self.params, self.vae_params
+        if devices > 1:
+            params = parallel.replicate(params, denoising)
+        if vae_device is not None:
+            vae_params = jax.device_put(vae_params, vae_device)
+        return dataclasses.replace(
+            self, params=params, vae_params=vae_params, devices=devices, vae_device=vae_device
+        )
 
     def __call__(
         self,
@@ -321,6 +333,8 @@ class Pipeline:
         if decodes:
             self.check_vae()
             decoder = self.vae.init_decode_state(text.shape[0], height=rows, width=columns)
+            if self.vae_device is not None:
+                decoder = jax.device_put(decoder, self.vae_device)
         return StreamState(state, decoder)
 
     def switch(
@@ -358,8 +372,8 @@ class Pipeline:
             generated, latents = rollout.step(generator, self.params, state.rollout)
             # A cut's gap is over with its block; without it the next ones run the plain programs again.
             generated = dataclasses.replace(generated, gap=None)
-            if self.devices > 1:  # to where the VAE is
-                latents = jax.device_put(latents, parallel.available(1)[0])
+            if self.devices > 1 or self.vae_device is not None:  # to where the VAE is
+                latents = jax.device_put(latents, self.vae_device or parallel.available(1)[0])
             if state.decoder is None:
                 return StreamState(generated, None), latents, None
             pixels, decoder = _decode(self.vae, self.vae_params, state.decoder, latents)

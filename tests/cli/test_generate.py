@@ -139,6 +139,11 @@ def test_two_devices_make_the_video_of_one_and_say_what_they_exchange(longlive, 
     assert "2 devices: 2 (heads); each receives 0.1 MB per block from the others" in two.err
     np.testing.assert_allclose(np.load("two.npy"), np.load("one.npy"), atol=1e-4)
     assert "devices=4: the 6 tokens of a frame cannot be split 4 ways" in refused(*words, "--devices", 4)
+    apart = longlive(*words, "--decode-apart", "--out", "apart.npy")
+    assert apart.status == 0, apart.err
+    assert "device 1 decodes" in apart.err
+    np.testing.assert_array_equal(np.load("apart.npy"), np.load("one.npy"))
+    assert "devices=9: this process has 8" in refused(*words, "--devices", 8, "--decode-apart")
 
 
 def test_jsonl_and_default_names(longlive, tiny):

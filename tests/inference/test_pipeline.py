@@ -44,6 +44,29 @@ def test_the_stream_yields_the_frames_of_the_call(pipe):
     np.testing.assert_array_equal(np.concatenate([c.video for c in chunks], axis=1), whole.frames)
 
 
+@pytest.mark.parametrize("devices", [1, 2])
+def test_a_device_of_its_own_decodes_the_same_video(pipe, devices):
+    """And holds all of the VAE, while the rollout stays where it is."""
+    apart = pipe.over(devices, decodes_apart=True)
+    *denoising, last = jax.devices()[: devices + 1]
+    state = apart.begin(apart.encode_prompts([PROMPT]), [3])
+    for _ in range(2):
+        state, latents, pixels = apart.advance(state)
+    for held in jax.tree.leaves((state.decoder, apart.vae_params, latents, pixels)):
+        assert held.devices() == {last}
+    for held in jax.tree.leaves(state.rollout):
+        assert held.devices() == set(denoising)
+    story = Story(PROMPT, (PromptSwitch(3, OTHER),))
+    video, expected = apart(story, frames=8, seed=3), pipe(story, frames=8, seed=3)
+    np.testing.assert_allclose(video.latents, expected.latents, atol=0 if devices == 1 else 1e-4)
+    assert np.abs(video.frames.astype(int) - expected.frames).max() <= devices - 1
+
+
+def test_a_device_for_the_vae_has_to_be_there(pipe):
+    with pytest.raises(UserError, match=r"devices=9: this process has 8; choose from 1 to 8"):
+        pipe.over(8, decodes_apart=True)
+
+
 def test_decoding_the_latents_at_once_gives_the_streamed_frames(pipe):
     video = pipe(PROMPT, frames=6, seed=3)
     pixels = pipe.vae.apply({"params": pipe.vae_params}, video.latents, method="decode")
