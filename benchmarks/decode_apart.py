@@ -5,8 +5,8 @@
 
 The same stream, in turn on one device and with `Pipeline.over(decodes_apart=True)` on two; the ratio of the
 seconds is what counts. Beside them the stream without a VAE: what is left where all of the decode is hidden.
-Without two real devices the CPU's cores are two simulated ones, and each program has one thread. With a preset
-the weights are random.
+Without two real devices the CPU's cores are two simulated ones, and each program has one thread. With a
+preset the weights are random.
 """
 
 import argparse
