@@ -13,6 +13,8 @@ import argparse
 import os
 from typing import TYPE_CHECKING, Any
 
+from benchmarks import common
+
 if TYPE_CHECKING:
     from longlive_jax.inference.pipeline import Pipeline
 
@@ -48,16 +50,17 @@ def main() -> None:
         pipe = random_pipeline(preset(arguments.preset))
     else:
         pipe = Pipeline.load(arguments.checkpoint)
-    measure(pipe, frames=arguments.frames, repeats=arguments.repeats, name=arguments.name)
+    found = measure(pipe, frames=arguments.frames, repeats=arguments.repeats)
+    what = "streams: ours has a device for the VAE (apart) or no VAE, theirs is all on one device"
+    common.save(arguments.name, {"what": what, "model": arguments.preset or arguments.checkpoint, **found})
 
 
-def measure(one: "Pipeline", *, frames: int, repeats: int, name: str) -> None:
+def measure(one: "Pipeline", *, frames: int, repeats: int) -> dict[str, Any]:
+    """Times streams of so many latent frames; see `common.side_by_side`."""
     import jax
 
-    from benchmarks import common
-
     two = one.over(decodes_apart=True)
-    shown = one.config.vae.video_frames(frames)
+    video = one.config.video
 
     def stream(pipe: "Pipeline") -> None:
         for _ in pipe.stream(PROMPT, frames=frames):
@@ -66,24 +69,13 @@ def measure(one: "Pipeline", *, frames: int, repeats: int, name: str) -> None:
     def latents() -> None:
         jax.block_until_ready([block for _, block in one.stream_latents(PROMPT, frames=frames)])
 
-    timed = common.side_by_side(lambda: stream(two), lambda: stream(one), repeats=repeats)
-    bare = common.side_by_side(latents, lambda: stream(one), repeats=repeats)
-    result: dict[str, Any] = {
-        "what": f"a stream of {frames} latent frames, {shown} of video, over the same on one device",
-        "config": {"dtype": one.config.dtype, "size": [one.config.video.height, one.config.video.width]},
-        "apart": {
-            "seconds": timed["ours_seconds"],
-            "one_device_seconds": timed["theirs_seconds"],
-            "ratio": timed["ratio"],
-        },
-        "no_vae": {
-            "seconds": bare["ours_seconds"],
-            "one_device_seconds": bare["theirs_seconds"],
-            "ratio": bare["ratio"],
-        },
-        "repeats": repeats,
+    return {
+        "dtype": one.config.dtype,
+        "size": [video.height, video.width],
+        "latent_frames": frames,
+        "apart": common.side_by_side(lambda: stream(two), lambda: stream(one), repeats=repeats),
+        "no_vae": common.side_by_side(latents, lambda: stream(one), repeats=repeats),
     }
-    common.save(name, result)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ def get_config() -> CausalInitTraining:
             folder="runs/toy/causal_ode", steps=2000, eval_every=500, checkpoint_every=100, export_every=500
         ),
         optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=50, ema_decay=0.998),
-        # A trajectory costs as many passes as five updates with it do: a few, each seen four times.
+        # A trajectory costs as many passes as ten updates with it do: a few, each seen four times.
         data=ClipsConfig(batch_size=4, frames=21, examples=2048),
         base="runs/toy/teacher/export",
         flow=CausalFlowConfig(method="ode", text_dropout=0.0, past_noise=0.1, guidance=4.0),

@@ -328,7 +328,8 @@ def _load(request: "Request", arguments: argparse.Namespace) -> "Pipeline":
         text_device=arguments.text_device or "default",
         vae=None if request.vae is None else request.vae.path,
     )
-    return pipe.over(arguments.devices or 1, decodes_apart=bool(arguments.decode_apart))
+    devices, decodes_apart = arguments.devices or 1, bool(arguments.decode_apart)
+    return pipe.over(devices, decodes_apart=decodes_apart) if devices > 1 or decodes_apart else pipe
 
 
 def _stream(

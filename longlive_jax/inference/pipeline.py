@@ -124,7 +124,7 @@ class Pipeline:
       encode_prompts: prompts to embeddings `[B, M, text_dim]`.
       origin: the checkpoint all this was loaded from, if it was.
       devices: how many devices a call is spread over; see `over`.
-      vae_device: the device that decodes; None is the first one.
+      vae_device: the device that decodes, see `over`; None is JAX's default.
     """
 
     config: PipelineConfig
@@ -220,15 +220,14 @@ class Pipeline:
         Raises:
           UserError: there are fewer.
         """
-        *found, last = parallel.available(devices + decodes_apart)
-        denoising, vae_device = ((*found,), last) if decodes_apart else ((*found, last), None)
-        params, vae_params = self.params, self.vae_params
-        if devices > 1:
-            params = parallel.replicate(params, denoising)
-        if vae_device is not None:
-            vae_params = jax.device_put(vae_params, vae_device)
+        found = parallel.available(devices + decodes_apart)
+        vae_device = found[-1] if decodes_apart else found[0]
         return dataclasses.replace(
-            self, params=params, vae_params=vae_params, devices=devices, vae_device=vae_device
+            self,
+            params=parallel.replicate(self.params, found[:devices]),
+            vae_params=jax.device_put(self.vae_params, vae_device),
+            devices=devices,
+            vae_device=vae_device,
         )
 
     def __call__(
@@ -372,8 +371,8 @@ class Pipeline:
             generated, latents = rollout.step(generator, self.params, state.rollout)
             # A cut's gap is over with its block; without it the next ones run the plain programs again.
             generated = dataclasses.replace(generated, gap=None)
-            if self.devices > 1 or self.vae_device is not None:  # to where the VAE is
-                latents = jax.device_put(latents, self.vae_device or parallel.available(1)[0])
+            if self.vae_device is not None:
+                latents = jax.device_put(latents, self.vae_device)
             if state.decoder is None:
                 return StreamState(generated, None), latents, None
             pixels, decoder = _decode(self.vae, self.vae_params, state.decoder, latents)

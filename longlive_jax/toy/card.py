@@ -161,7 +161,7 @@ def _run(name: str, report: Report) -> Run:
         "metric": metric,
         "score": report["scores"].get(metric),
         "devices": str(report["environment"]["devices"]),
-        **({"schedule": schedule} if schedule else {}),
+        **({"schedule": schedule} if schedule > settings["run"]["steps"] else {}),
     }
 
 

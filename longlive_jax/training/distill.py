@@ -35,6 +35,8 @@ from longlive_jax.training.student import Student
 from longlive_jax.types import Array, Params, PRNGKey, pytree
 
 GENERATOR, CRITIC = "generator", "critic"
+OPTIMIZERS = {GENERATOR: "optimizer", CRITIC: "critic_optimizer"}
+"""What the config calls their optimisers; see `DistillTraining.updates`."""
 
 
 @pytree
@@ -289,7 +291,7 @@ def _updated(
 ) -> tuple[TrainState, Metrics]:
     """The state after an update; the critic's is the last one of a step."""
     is_generator = name == GENERATOR
-    optimizer, steps = distillation.config.updates["optimizer" if is_generator else "critic_optimizer"]
+    optimizer, steps = distillation.config.updates[OPTIMIZERS[name]]
     network, more = states.update(state.networks[name], grads, optimizer, steps=steps)
     step = state.step if is_generator else state.step + 1
     state = dataclasses.replace(state, step=step, networks={**state.networks, name: network})

@@ -21,7 +21,7 @@ from longlive_jax.training import sampling
 from longlive_jax.training import state as states
 from longlive_jax.training import world as worlds
 from longlive_jax.training.config import DistillTraining, LongTraining, Training
-from longlive_jax.training.distill import CRITIC, GENERATOR, Distillation, Given
+from longlive_jax.training.distill import CRITIC, GENERATOR, OPTIMIZERS, Distillation, Given
 from longlive_jax.training.evaluation import Evaluator
 from longlive_jax.training.export import base_model
 from longlive_jax.training.prompts import TextEmbedder, read_prompts
@@ -137,7 +137,7 @@ def make_state(distillation: Distillation, bases: dict[str, Params], starts: dic
         if params is None:
             key = jax.random.fold_in(jax.random.key(config.run.seed), index)
             params = lora.init(key, bases[name], rank=config.lora.rank)
-        optimizer, steps = config.updates["optimizer" if name == GENERATOR else "critic_optimizer"]
+        optimizer, steps = config.updates[OPTIMIZERS[name]]
         networks[name] = states.init_network(params, optimizer, steps=steps)
     state = states.init_state(networks, config.run)
     if not isinstance(config, LongTraining):
