@@ -273,7 +273,7 @@ def _sharing(request: "Request", arguments: argparse.Namespace) -> str | None:
         return None
     from longlive_jax.inference import parallel
 
-    found = parallel.available(devices + bool(arguments.decode_apart))
+    found = parallel.available(devices, decodes_apart=bool(arguments.decode_apart))
     apart = f"device {found[-1].id} decodes" if arguments.decode_apart else None
     if devices == 1:
         return apart

@@ -120,18 +120,18 @@ def check_split_tokens(layout: Layout, cache_dtype: str, attention: str) -> None
     )
 
 
-def available(devices: int) -> tuple[jax.Device, ...]:
-    """The first `devices` of this process.
+def available(devices: int, *, decodes_apart: bool = False) -> tuple[jax.Device, ...]:
+    """The first `devices` of this process, and with `decodes_apart` the one after them.
 
     Raises:
       UserError: there are fewer.
     """
     found = jax.local_devices()
-    require(
-        1 <= devices <= len(found),
-        f"devices={devices}: this process has {len(found)}; choose from 1 to {len(found)}",
-    )
-    return tuple(found[:devices])
+    most = len(found) - decodes_apart
+    wanted = f"devices={devices}" + (" and one to decode apart" if decodes_apart else "")
+    remedy = f"choose from 1 to {most}" if most else "decode on the same one"
+    require(1 <= devices <= most, f"{wanted}: this process has {len(found)}; {remedy}")
+    return tuple(found[: devices + decodes_apart])
 
 
 def replicate(tree: Any, devices: Sequence[jax.Device]) -> Any:

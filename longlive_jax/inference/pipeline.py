@@ -220,7 +220,7 @@ class Pipeline:
         Raises:
           UserError: there are fewer.
         """
-        found = parallel.available(devices + decodes_apart)
+        found = parallel.available(devices, decodes_apart=decodes_apart)
         vae_device = found[-1] if decodes_apart else found[0]
         return dataclasses.replace(
             self,

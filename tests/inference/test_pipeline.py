@@ -65,9 +65,16 @@ def test_a_device_of_its_own_decodes_the_same_video(pipe, devices):
     np.testing.assert_allclose(video.latents, pipe(story, frames=8, seed=3).latents, atol=1e-4)
 
 
-def test_a_device_for_the_vae_has_to_be_there(pipe):
-    with pytest.raises(UserError, match=r"devices=9: this process has 8; choose from 1 to 8"):
+def test_a_device_for_the_vae_has_to_be_there(pipe, monkeypatch):
+    with pytest.raises(
+        UserError, match=r"devices=8 and one to decode apart: this process has 8; .* from 1 to 7"
+    ):
         pipe.over(8, decodes_apart=True)
+    monkeypatch.setattr(jax, "local_devices", lambda: jax.devices()[:1])
+    with pytest.raises(
+        UserError, match="devices=1 and one to decode apart: this process has 1; decode on the"
+    ):
+        pipe.over(decodes_apart=True)
 
 
 def test_decoding_the_latents_at_once_gives_the_streamed_frames(pipe):
